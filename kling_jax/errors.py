@@ -1,0 +1,43 @@
+"""The exception family: each message says what is wrong, where, and how to mend it."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class KlingError(Exception):
+  """Base of every error that a user can mend; the command line prints it as one line and exits with `exit_code`."""
+
+  exit_code = 1
+
+
+class ConfigError(KlingError):
+  """A config key, value or combination is wrong."""
+
+  exit_code = 2
+
+
+class UsageError(KlingError):
+  """The command was called wrongly, or needs a part that is not installed."""
+
+  exit_code = 2
+
+
+class DataError(KlingError):
+  """Input data is missing, damaged or of another kind than was promised."""
+
+
+class WeightsError(KlingError):
+  """Weights or a checkpoint do not fit the model."""
+
+
+class MeshError(KlingError):
+  """The device mesh does not divide the work, or does not fit the devices."""
+
+  exit_code = 2
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+  """Returns "; did you mean 'x'?" for the closest of `known`, or "; known: a, b, ..." where none is close."""
+  known = sorted(known)
+  close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+  return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"

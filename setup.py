@@ -1,0 +1,69 @@
+"""Package definition of kling_jax: what it needs, what each extra adds, what the wheel carries."""
+
+from pathlib import Path
+
+import setuptools
+
+ROOT = Path(__file__).parent
+VERSION = "0.1.0"
+
+# Everything that every verb needs. Each line names the oldest release that is tested here.
+REQUIRED = [
+  "absl-py>=2.1",
+  "array-record>=0.8",
+  "av>=14",  # FFmpeg's libraries in the wheel: decode and H.264 encode
+  "flax>=0.12.8",
+  "grain>=0.2.18",
+  "jax>=0.10.2",
+  "ml-collections>=1.1",
+  "numpy>=2.0",
+  "opencv-python-headless>=4.10",  # resize, optical flow, contact sheets
+  "optax>=0.2.8",
+  "orbax-checkpoint>=0.12.8",
+  "pyarrow>=17",
+  "requests>=2.31",  # prompt rewriting through an OpenAI-compatible server
+  "rich>=13",  # progress bars, tables
+  "safetensors>=0.4.5",
+  "tensorflow-datasets>=4.9.10",  # no TensorFlow: tfds.data_source on ArrayRecord
+]
+
+EXTRAS = {
+  "demo": ["plotly>=6"],  # charts of the report pages
+  "tpu": ["jax[tpu]"],
+  "cuda": ["jax[cuda13]"],
+  "ray": ["ray[data]>=2.40"],  # curation and sweeps on many machines
+  "eval": ["scikit-image>=0.24", "scipy>=1.14"],  # independent references of the metrics
+  "bench": ["torch>=2.4"],  # the other side of the benchmarks
+}
+EXTRAS["test"] = (
+  EXTRAS["demo"]
+  + EXTRAS["eval"]
+  + [
+    "hypothesis>=6.100",
+    "mypy>=1.11",
+    "psutil>=6",
+    "pytest>=8",
+    "pytest-timeout>=2.3",
+    "ruff>=0.6",
+    "types-requests",
+  ]
+)
+
+# configs/ and launch/ stand at the top of the repository and travel in the wheel as kling_jax.configs, kling_jax.launch.
+PACKAGE_DIR = {"kling_jax.configs": "configs", "kling_jax.launch": "launch"}
+
+setuptools.setup(
+  name="kling_jax",
+  version=VERSION,
+  description="Video generation research in JAX: curation, sharded Video DiT, scaling laws, world models.",
+  long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+  long_description_content_type="text/markdown",
+  license="Apache-2.0",
+  python_requires=">=3.11",
+  packages=setuptools.find_packages(include=["kling_jax", "kling_jax.*"]) + list(PACKAGE_DIR),
+  package_dir=PACKAGE_DIR,
+  package_data={"kling_jax": ["py.typed", "assets/*/*"]},
+  install_requires=REQUIRED,
+  extras_require=EXTRAS,
+  entry_points={"console_scripts": ["kling = kling_jax.cli:main"]},
+)
