@@ -1,0 +1,137 @@
+"""A task is all that differs between the models that the one trainer trains."""
+
+import abc
+import hashlib
+import importlib
+import json
+import pkgutil
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from flax import nnx
+
+from kling_jax import config as config_lib
+from kling_jax.errors import ConfigError, nearest
+from kling_jax.nn import params as params_lib
+from kling_jax.nn.params import Params
+
+Batch = dict[str, Any]
+PRECISIONS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+class Batches(Protocol):
+  """Random access to the batches of a run: `batches[step]` is a pure function of the data set, the seed and the step."""
+
+  def __getitem__(self, step: int) -> Batch: ...
+
+  def iterate(self, start_step: int, *, threads: int = 4, workers: int = 0, stop: int | None = None) -> Iterator[Any]:
+    """Yields (step, batch) in order, prefetched."""
+    ...
+
+
+class Task(abc.ABC):
+  """One kind of training, configured by a ConfigDict.
+
+  Attributes:
+    config: the checked config.
+    graph, shapes, axes: the model's graph definition, {path: ShapeDtypeStruct} and {path: logical axis names}.
+    dtype: compute dtype.
+  """
+
+  reference: str  # the packaged config whose keys and types are the schema of this task
+
+  def __init__(self, config: ml_collections.ConfigDict):
+    self.config = config
+    if config.precision not in PRECISIONS:
+      raise ConfigError(f"config key 'precision' = {config.precision!r} is unknown{nearest(config.precision, PRECISIONS)}")
+    self.dtype = PRECISIONS[config.precision]
+    self.graph, self.shapes, self.axes = params_lib.abstract(lambda: self.init(nnx.Rngs(params=jax.random.key(0))))
+
+  @abc.abstractmethod
+  def init(self, rngs: nnx.Rngs) -> nnx.Module:
+    """Builds the model; also called under `nnx.eval_shape`, so it must not read files."""
+
+  @abc.abstractmethod
+  def batches(self, split: str, process_index: int, process_count: int, multiple_of: int) -> Batches:
+    """The rows of this process.
+
+    Args:
+      split: "train" or "validation".
+      multiple_of: the global batch must be a multiple of this (mesh ways x accumulation).
+
+    Raises:
+      ConfigError: the batch does not divide; names the legal sizes.
+    """
+
+  @abc.abstractmethod
+  def losses(self, params: Params, batch: Batch, keys_B: jax.Array, train: bool) -> tuple[jax.Array, dict[str, Any]]:
+    """Per-sample losses (B,) and a dict of scalar metrics; random only through `keys_B` (one typed key a sample).
+
+    With `train` off nothing is dropped: the value is the validation loss of each row.
+    """
+
+  def loss(self, params: Params, batch: Batch, keys_B: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
+    """The training loss: mean of `losses` over the rows."""
+    loss_B, metrics = self.losses(params, batch, keys_B, train=True)
+    return jnp.mean(loss_B), metrics
+
+  def trainable(self, path: str) -> bool:
+    """Whether the parameter at `path` is trained; frozen ones get neither gradient nor optimiser state."""
+    del path
+    return True
+
+  def lr_scale(self, path: str) -> float:
+    """Learning-rate multiplier of the parameter at `path`."""
+    del path
+    return 1.0
+
+  @abc.abstractmethod
+  def step_cost(self, batch: Batch) -> tuple[int, float]:
+    """(tokens, model FLOPs) of one update on the *global* batch of which `batch` has the shapes."""
+
+  def validation_rows(self) -> list[Batch]:
+    """The fixed validation table as global batches of equal size; [] where the set has no validation part."""
+    return []
+
+  def table_id(self, rows: list[Batch]) -> str:
+    """Hash of the validation table: equal ids mean comparable validation losses."""
+    digest = hashlib.sha256(json.dumps([self.config.task, self.config.seed]).encode())
+    for batch in rows:
+      for name in sorted(batch):
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(batch[name]).tobytes())
+    return digest.hexdigest()[:12]
+
+  def samples(self, params: Params, batch: Batch, key: jax.Array) -> np.ndarray | None:
+    """Videos (B, T, H, W, 3) uint8 drawn under the conditions of `batch`; None where the task generates nothing."""
+    del params, batch, key
+    return None
+
+  def constants(self) -> dict[str, Any]:
+    """JSON-ready values that belong to the weights and travel in every checkpoint (condition percentiles, ...)."""
+    return {}
+
+
+def names() -> list[str]:
+  """The tasks that exist."""
+  import kling_jax.train.tasks as package
+
+  return [module.name for module in pkgutil.iter_modules(package.__path__)]
+
+
+def make(config: ml_collections.ConfigDict) -> Task:
+  """Builds the task that `config.task` names, after checking every key of the config.
+
+  Raises:
+    ConfigError: unknown task, key or type.
+  """
+  name = config.get("task", "")
+  if name not in names():
+    raise ConfigError(f"config key 'task' = {name!r} is unknown{nearest(name, names())}")
+  module = importlib.import_module(f"kling_jax.train.tasks.{name}")
+  config_lib.check(config, config_lib.reference(module.TASK.reference))
+  return module.TASK(config)
