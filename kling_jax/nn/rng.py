@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 
 
-def sample_keys(seed: int, step: jax.Array | int, index_B: jax.Array) -> jax.Array:
-  """Returns typed keys (B,): fold_in(fold_in(key(seed), step), row of the sample in the global batch)."""
-  step_key = jax.random.fold_in(jax.random.key(seed), step)
+def sample_keys(key: jax.Array, step: jax.Array | int, index_B: jax.Array) -> jax.Array:
+  """Returns typed keys (B,): fold_in(fold_in(key, step), row of the sample in the global batch)."""
+  step_key = jax.random.fold_in(key, step)
   return jax.vmap(lambda index: jax.random.fold_in(step_key, index))(index_B)
 
 
