@@ -1,0 +1,34 @@
+"""The two feed-forward layers in use: GELU (Wan 2.1) and SwiGLU (LLaMA)."""
+
+import jax
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from kling_jax.nn.linear import Linear
+from kling_jax.nn.partition import constrain
+
+
+class GeluMLP(nnx.Module):
+  """down(gelu(up(x))), with GELU's tanh form."""
+
+  def __init__(self, width: int, hidden: int, *, rngs: nnx.Rngs):
+    self.up = Linear(width, hidden, axes=("embed", "mlp"), rngs=rngs)
+    self.down = Linear(hidden, width, axes=("mlp", "embed"), rngs=rngs)
+
+  def __call__(self, x_BND: jax.Array) -> jax.Array:
+    h_BNF = checkpoint_name(constrain(self.up(x_BND), ("batch", "tokens", "mlp")), "mlp_hidden")
+    return self.down(jax.nn.gelu(h_BNF, approximate=True))
+
+
+class SwiGLU(nnx.Module):
+  """down(silu(gate(x)) * up(x)), without biases (Shazeer 2020, "GLU variants improve Transformer")."""
+
+  def __init__(self, width: int, hidden: int, *, rngs: nnx.Rngs):
+    self.gate = Linear(width, hidden, axes=("embed", "mlp"), use_bias=False, rngs=rngs)
+    self.up = Linear(width, hidden, axes=("embed", "mlp"), use_bias=False, rngs=rngs)
+    self.down = Linear(hidden, width, axes=("mlp", "embed"), use_bias=False, rngs=rngs)
+
+  def __call__(self, x_BND: jax.Array) -> jax.Array:
+    gate_BNF = checkpoint_name(constrain(self.gate(x_BND), ("batch", "tokens", "mlp")), "mlp_hidden")
+    up_BNF = checkpoint_name(constrain(self.up(x_BND), ("batch", "tokens", "mlp")), "mlp_hidden")
+    return self.down(jax.nn.silu(gate_BNF) * up_BNF)

@@ -1,0 +1,41 @@
+"""Normalisation over the last axis, computed in float32 and returned in the dtype of its input."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+class RMSNorm(nnx.Module):
+  """x / sqrt(mean(x^2) + epsilon) * scale, with a learned scale of ones at the start.
+
+  Over the full width of queries and keys (all heads at once) this is Wan 2.1's QK norm; over one head, that of most
+  language models.
+  """
+
+  def __init__(self, width: int, *, axis: str | None = "embed", epsilon: float = 1e-6):
+    self.epsilon = epsilon
+    self.scale = nnx.Param(jnp.ones(width, jnp.float32), axes=(axis,))
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    x32 = x.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.epsilon)
+    return (x32 * inverse * self.scale[...]).astype(x.dtype)
+
+
+def layer_norm(x: jax.Array, epsilon: float = 1e-6) -> jax.Array:
+  """(x - mean) / sqrt(variance + epsilon) over the last axis, in float32 (what modulation wants next)."""
+  x32 = x.astype(jnp.float32)
+  centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+  return centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + epsilon)
+
+
+class LayerNorm(nnx.Module):
+  """`layer_norm` with a learned scale and bias; where neither is wanted, call the function."""
+
+  def __init__(self, width: int, *, axis: str | None = "embed", epsilon: float = 1e-6):
+    self.epsilon = epsilon
+    self.scale = nnx.Param(jnp.ones(width, jnp.float32), axes=(axis,))
+    self.bias = nnx.Param(jnp.zeros(width, jnp.float32), axes=(axis,))
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    return (layer_norm(x, self.epsilon) * self.scale[...] + self.bias[...]).astype(x.dtype)
