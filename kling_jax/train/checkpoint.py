@@ -1,7 +1,8 @@
 """Checkpoints: asynchronous, whole or absent, restorable on another mesh; one small wrapper around Orbax."""
 
+import fnmatch
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -55,24 +56,66 @@ class Checkpoints:
     )
     return self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target))).state
 
-  def restore_params(self, step: int, shapes: Mapping[str, Any], averaged: bool = True) -> dict[str, jax.Array]:
-    """Reads only the weights: EMA ones where they exist (`averaged`), else the raw ones."""
+  def restore_params(self, step: int, shapes: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """Reads only the weights: the EMA of the trained ones, the raw values of the frozen ones.
+
+    Args:
+      shapes: {path: ShapeDtypeStruct}, with a sharding where the array shall not land on the first device.
+
+    Raises:
+      WeightsError: the checkpoint is of another model.
+    """
     self.check(step, shapes)
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return self._read_params(step, shapes)
+
+  def restore_matching(
+    self, step: int, shapes: Mapping[str, Any], allow_missing: Sequence[str] = ()
+  ) -> tuple[dict[str, jax.Array], dict[str, list[str]]]:
+    """Reads those weights that another model shares with this checkpoint, by name.
+
+    Args:
+      allow_missing: patterns of names that the checkpoint may lack.
+
+    Returns:
+      (weights, {"loaded", "missing", "unexpected"}).
+
+    Raises:
+      WeightsError: a name is missing and not allowed to, or a shape differs.
+    """
+    saved, wanted = self.meta(step)["shapes"], describe(shapes)
+    missing = [name for name in wanted if name not in saved]
+    refused = [name for name in missing if not any(fnmatch.fnmatchcase(name, pattern) for pattern in allow_missing)]
+    where = f"checkpoint {self.folder / str(step)}"
+    if refused:
+      raise WeightsError(
+        f"{where} lacks {len(refused)} of {len(wanted)} parameters, first {refused[0]!r}{nearest(refused[0], saved)}; "
+        "allow them by init_allow_missing, e.g. ('text.*',)"
+      )
+    for name in wanted:
+      if name in saved and saved[name] != wanted[name]:
+        raise WeightsError(f"{where}: {name!r} is {saved[name]} there, {wanted[name]} by this config")
+    shared = {name: leaf for name, leaf in shapes.items() if name in saved}
+    report = {"loaded": list(shared), "missing": missing, "unexpected": [name for name in saved if name not in wanted]}
+    return self._read_params(step, shared), report
+
+  def _read_params(self, step: int, shapes: Mapping[str, Any]) -> dict[str, jax.Array]:
+    first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     spec = {
-      name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or sharding)
+      name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or first)
       for name, leaf in shapes.items()
     }
-    trained = self.meta(step)["trained"] if averaged else []
+    trained = set(self.meta(step)["trained"])
     item = {
-      "params": {name: leaf for name, leaf in spec.items() if name not in set(trained)},
-      "ema": {name: spec[name] for name in trained},
+      "params": {name: leaf for name, leaf in spec.items() if name not in trained},
+      "ema": {name: leaf for name, leaf in spec.items() if name in trained},
     }
     item = {part: leaves for part, leaves in item.items() if leaves}
     args = ocp.checkpoint_utils.construct_restore_args(item)
-    path = self.folder / str(step) / "state"
     restorer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
-    found = restorer.restore(path, args=ocp.args.PyTreeRestore(item=item, partial_restore=True, restore_args=args))
+    found = restorer.restore(
+      self.folder / str(step) / "state",
+      args=ocp.args.PyTreeRestore(item=item, partial_restore=True, restore_args=args),
+    )
     return {**found.get("params", {}), **found.get("ema", {})}
 
   def check(self, step: int, shapes: Mapping[str, Any]) -> None:

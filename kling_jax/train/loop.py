@@ -72,7 +72,7 @@ def run(config: ml_collections.ConfigDict, folder: str | pathlib.Path) -> Summar
   else:
     key = jax.random.fold_in(jax.random.key(config.seed), 0x696E6974)  # "init"
     params = params_lib.create(lambda: job.init(nnx.Rngs(params=key)), update.parameter_shardings)
-    params = warm_start.apply(params, config, folder, update.parameter_shardings)
+    params = warm_start.apply(params, config, folder, update.parameter_shardings, job.pretrained())
     state = update.fresh(params)
     del params
   start = start or 0

@@ -89,12 +89,20 @@ class Task(abc.ABC):
     del path
     return 1.0
 
+  def pretrained(self) -> dict[str, str]:
+    """{path prefix: work directory or safetensors folder} of parts whose weights are loaded before step 0."""
+    return {}
+
   @abc.abstractmethod
   def step_cost(self, batch: Batch) -> tuple[int, float]:
     """(tokens, model FLOPs) of one update on the *global* batch of which `batch` has the shapes."""
 
-  def validation_rows(self) -> list[Batch]:
-    """The fixed validation table as global batches of equal size; [] where the set has no validation part."""
+  def validation_rows(self, process_index: int, process_count: int, multiple_of: int) -> list[Batch]:
+    """The fixed validation table: this process's part of batches of equal size, `index` counting all rows.
+
+    [] where the set has no validation part.
+    """
+    del process_index, process_count, multiple_of
     return []
 
   def table_id(self, rows: list[Batch]) -> str:

@@ -1,0 +1,46 @@
+# Each target makes its own virtual environment from a bare Python >= 3.11: `make test PYTHON=python3.12`.
+PYTHON ?= python3
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+VENV := .venv/$(VERSION)
+BIN := $(VENV)/bin
+# Compiled programs are kept between runs; nothing else is shared.
+export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
+export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.2
+export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES ?= -1
+
+.PHONY: venv demo test drill check bench format clean
+
+venv: $(VENV)/ready
+
+$(VENV)/ready: setup.py
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "kling_jax needs Python >= 3.11; set PYTHON=python3.11 or newer"'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -e '.[test]'
+	touch $@
+
+demo: venv
+	$(BIN)/kling demo $(if $(VIDEOS),--videos "$(VIDEOS)") $(if $(WORKDIR),--workdir "$(WORKDIR)")
+
+test: venv
+	$(BIN)/python -m pytest
+
+drill: venv
+	$(BIN)/python -m pytest -m drill --timeout 1200
+
+check: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/test_floors.py
+
+bench: venv
+	$(BIN)/python benchmarks/train_step.py
+	$(BIN)/python benchmarks/input_pipeline.py
+
+format: venv
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv .cache build dist *.egg-info

@@ -1,0 +1,109 @@
+"""The whole text-to-video network: text encoder, null text, Video DiT and (frozen) codec under one tree of parameters."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from kling_jax.models.text_encoder import ByteTextEncoder
+from kling_jax.models.video_dit import VideoDiT, VideoDiTConfig
+
+DROPS = ("text", "scores", "image")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Conditions:
+  """What a clip is generated under; B rows, L text tokens of width D, M scores.
+
+  Attributes:
+    text_BLD, text_mask_BL: encoded text; the mask is True at real tokens.
+    scores_BM: normalised to [0, 1000] in the order of the model's conditions.
+    scores_known_BM: False where a score is not given.
+    clean_BTHWC: latents whose first frames are known (an image, the start of a video); None when nothing is.
+    known_BT: which latent frames of `clean_BTHWC` are given.
+  """
+
+  text_BLD: jax.Array
+  text_mask_BL: jax.Array
+  scores_BM: jax.Array
+  scores_known_BM: jax.Array
+  clean_BTHWC: jax.Array | None = None
+  known_BT: jax.Array | None = None
+
+
+class TextToVideo(nnx.Module):
+  """A Video DiT with its text side.
+
+  Text comes either from the byte encoder inside (trained along) or already encoded from a cache. A dropped text is one
+  learned token, whatever the encoder.
+  """
+
+  def __init__(
+    self,
+    config: VideoDiTConfig,
+    *,
+    text_depth: int,
+    text_tokens: int,
+    codec: nnx.Module | None = None,
+    rngs: nnx.Rngs,
+  ):
+    """Builds the parts.
+
+    Args:
+      config: of the Video DiT; its `text_width` is the width of the text embeddings.
+      text_depth: layers of the byte encoder; 0 = none, embeddings are given.
+      text_tokens: longest text.
+      codec: a codec with weights, kept in the same tree so that a checkpoint is complete; None for the wavelet.
+      rngs: stream `params`.
+    """
+    self.dit = VideoDiT(config, rngs=rngs)
+    self.null_text = nnx.Param(jnp.zeros((1, config.text_width)), axes=(None, "text"))
+    self.text = (
+      ByteTextEncoder(width=config.text_width, depth=text_depth, max_length=text_tokens, rngs=rngs)
+      if text_depth
+      else None
+    )
+    self.codec = codec
+
+  def encode_text(self, batch: dict[str, Any], dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """(text_BLD, mask_BL) from `tokens` and `tokens_mask`, or from cached `text` and `text_mask`."""
+    if self.text is None:
+      return batch["text"].astype(dtype), batch["text_mask"]
+    return self.text(batch["tokens"], batch["tokens_mask"], dtype=dtype), batch["tokens_mask"]
+
+  def drop(self, conditions: Conditions, dropped: dict[str, jax.Array]) -> Conditions:
+    """Replaces conditions by their null, row by row.
+
+    Args:
+      conditions: what is given.
+      dropped: "text" and "image" (B,), "scores" (B,) or (B, M); True where dropped.
+    """
+    c = conditions
+    if "text" in dropped:
+      row_B11 = dropped["text"][:, None, None]
+      first_L = jnp.arange(c.text_mask_BL.shape[1]) == 0
+      text_BLD = jnp.where(row_B11, self.null_text[...].astype(c.text_BLD.dtype), c.text_BLD)
+      mask_BL = jnp.where(row_B11[..., 0], first_L, c.text_mask_BL)
+      c = dataclasses.replace(c, text_BLD=text_BLD, text_mask_BL=mask_BL)
+    if "scores" in dropped:
+      gone = dropped["scores"]
+      gone_BM = gone[:, None] if gone.ndim == 1 else gone
+      c = dataclasses.replace(c, scores_known_BM=c.scores_known_BM & ~gone_BM)
+    if "image" in dropped and c.known_BT is not None:
+      c = dataclasses.replace(c, known_BT=c.known_BT & ~dropped["image"][:, None])
+    return c
+
+  def __call__(self, x_BTHWC: jax.Array, time_B: jax.Array, conditions: Conditions) -> jax.Array:
+    """The DiT's prediction; known frames are shown clean, at time 0. Returns float32 in the shape of x."""
+    c = conditions
+    time = time_B
+    if c.known_BT is not None and c.clean_BTHWC is not None:
+      known = c.known_BT[:, :, None, None, None]
+      x_BTHWC = jnp.where(known, c.clean_BTHWC.astype(x_BTHWC.dtype), x_BTHWC)
+      time = jnp.where(c.known_BT, 0.0, time_B[:, None])
+    return self.dit(
+      x_BTHWC, time, c.text_BLD, text_mask_BL=c.text_mask_BL, scores_BM=c.scores_BM, scores_known_BM=c.scores_known_BM
+    )

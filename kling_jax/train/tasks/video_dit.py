@@ -1,0 +1,290 @@
+"""Task `video_dit`: diffusion training of the text-to-video model on clips with captions and scores."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from flax import nnx
+
+from kling_jax.data import conditions as conditions_lib
+from kling_jax.data import pipeline
+from kling_jax.data.tokens import ByteTokenizer
+from kling_jax.diffusion import guidance as guidance_lib
+from kling_jax.diffusion import loss as loss_lib
+from kling_jax.diffusion import process as process_lib
+from kling_jax.diffusion import sampler as sampler_lib
+from kling_jax.diffusion import time as time_lib
+from kling_jax.errors import ConfigError, nearest
+from kling_jax.models import flops, latents, video_dit
+from kling_jax.models.text_to_video import Conditions, TextToVideo
+from kling_jax.models.video_vae import VideoVAE
+from kling_jax.nn import params as params_lib
+from kling_jax.nn import rng
+from kling_jax.nn.params import Params
+from kling_jax.train.task import Batch, Task
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+  """How to sample; hashable, one compiled sampler each.
+
+  Attributes:
+    frames, height, width: of the video in pixels.
+    steps, method, shift: of the sampler.
+    guidance: scales for text, scores and image.
+  """
+
+  frames: int
+  height: int
+  width: int
+  steps: int
+  method: str
+  shift: float
+  guidance: guidance_lib.Guidance
+
+
+class VideoDiTTask(Task):
+  """See configs/video_dit.py for the keys."""
+
+  reference = "video_dit"
+
+  def __init__(self, config: ml_collections.ConfigDict):
+    self.process = process_lib.make(config.diffusion.process)
+    self.dit = _dit_config(config)
+    if config.text.encoder not in ("bytes", "cached"):
+      raise ConfigError(f"config key 'text.encoder' = {config.text.encoder!r} is unknown"
+                        f"{nearest(config.text.encoder, ('bytes', 'cached'))}")  # fmt: skip
+    super().__init__(config)
+
+  # ---- model -------------------------------------------------------------------------------------------------------
+
+  def init(self, rngs: nnx.Rngs) -> TextToVideo:
+    c = self.config
+    return TextToVideo(
+      self.dit,
+      text_depth=c.text.depth if c.text.encoder == "bytes" else 0,
+      text_tokens=c.text.tokens,
+      codec=VideoVAE.preset(c.codec.preset, rngs=rngs) if c.codec.name == "vae" else None,
+      rngs=rngs,
+    )
+
+  def trainable(self, path: str) -> bool:
+    return not path.startswith("codec.")
+
+  def pretrained(self) -> dict[str, str]:
+    c = self.config.codec
+    if c.name != "vae":
+      return {}
+    if not c.weights:
+      raise ConfigError("config key 'codec.weights' is not set: the vae needs a work directory or safetensors folder")
+    return {"codec.": c.weights}
+
+  def codec(self, model: TextToVideo | None = None) -> latents.Codec:
+    """The codec: the VAE inside `model`, or the wavelet that has no weights."""
+    c = self.config.codec
+    if c.name == "vae":
+      return model.codec if model is not None else VideoVAE.geometry(c.preset)
+    return latents.make(c.name, spatial=c.spatial, channels=c.channels)
+
+  # ---- data --------------------------------------------------------------------------------------------------------
+
+  @functools.cached_property
+  def percentiles(self) -> conditions_lib.Percentiles:
+    """What raw scores mean, fitted once on the training sources (or read beside them)."""
+    return conditions_lib.for_sources(self._sources(), self.config.model.conditions)
+
+  def _sources(self) -> pipeline.Mixture:
+    return pipeline.Mixture.open(self.config.data.sources, self.config.data.weights)
+
+  def _pipeline(self, split: str, process_index: int, process_count: int, multiple_of: int) -> pipeline.Batches:
+    c = self.config.data
+    return pipeline.Batches(
+      self._sources(),
+      buckets=c.buckets,
+      fps=c.fps,
+      batch=c.batch,
+      seed=self.config.seed,
+      split=split,
+      validation_fraction=c.validation_fraction,
+      tokenizer=ByteTokenizer(self.config.text.tokens),
+      percentiles=self.percentiles,
+      process_index=process_index,
+      process_count=process_count,
+      multiple_of=multiple_of,
+    )
+
+  def batches(self, split: str, process_index: int, process_count: int, multiple_of: int) -> pipeline.Batches:
+    return self._pipeline(split, process_index, process_count, multiple_of)
+
+  def constants(self) -> dict[str, Any]:
+    return {"conditions": self.percentiles.to_json()}
+
+  def step_cost(self, batch: Batch) -> tuple[int, float]:
+    rows, shape = self._latent_shape(batch)
+    tokens = rows * self.dit.tokens(shape)
+    forward = flops.video_dit_forward(self.dit, *shape[:3], self.config.text.tokens)
+    return tokens, 3.0 * rows * forward
+
+  def _latent_shape(self, batch: Batch) -> tuple[int, tuple[int, int, int, int]]:
+    if "latents" in batch:
+      return batch["latents"].shape[0], tuple(batch["latents"].shape[1:])
+    rows, frames, height, width, _ = batch["frames"].shape
+    return rows, self.codec().latent_shape(frames, height, width)
+
+  # ---- loss --------------------------------------------------------------------------------------------------------
+
+  def losses(self, params: Params, batch: Batch, keys_B: jax.Array, train: bool) -> tuple[jax.Array, dict[str, Any]]:
+    c = self.config
+    model: TextToVideo = params_lib.merge(self.graph, params)
+    x0_BTHWC = self.encode(model, batch)
+    conditions = self._conditions(model, batch)
+    time_B = time_lib.sample(rng.stream(keys_B, "time"), c.diffusion.time, shift=c.diffusion.shift)
+    noise_BTHWC = rng.normal(rng.stream(keys_B, "noise"), x0_BTHWC.shape[1:])
+    counted_BT = None
+    if train:
+      conditions = model.drop(conditions, self._dropped(keys_B))
+    if train and c.history.probability:
+      known_BT = self._known(keys_B, x0_BTHWC.shape[1])
+      conditions = dataclasses.replace(conditions, clean_BTHWC=x0_BTHWC, known_BT=known_BT)
+      counted_BT = ~known_BT
+
+    x_t_BTHWC = self.process.corrupt(x0_BTHWC, noise_BTHWC, time_B)
+    prediction_BTHWC = model(x_t_BTHWC.astype(self.dtype), time_B, conditions)
+    target_BTHWC = self.process.target(x0_BTHWC, noise_BTHWC, time_B)
+    weight_B = self.process.weight(time_B)
+    return loss_lib.mse_per_sample(prediction_BTHWC, target_BTHWC, weight_B, counted_BT), {}
+
+  def encode(self, model: TextToVideo, batch: Batch) -> jax.Array:
+    """Latents (B, T, H, W, C) float32 of a batch: cached, or from frames uint8 through the codec."""
+    if "latents" in batch:
+      return batch["latents"].astype(jnp.float32)
+    pixels = batch["frames"].astype(jnp.float32) / 127.5 - 1
+    return jax.lax.stop_gradient(self.codec(model).encode(pixels))
+
+  def _conditions(self, model: TextToVideo, batch: Batch) -> Conditions:
+    text_BLD, mask_BL = model.encode_text(batch, self.dtype)
+    return Conditions(text_BLD, mask_BL, batch["scores"], batch["scores_known"])
+
+  def _dropped(self, keys_B: jax.Array) -> dict[str, jax.Array]:
+    drop = self.config.drop
+    scores = [
+      rng.bernoulli(rng.stream(keys_B, f"drop_{name}"), drop.scores) for name in self.config.model.conditions
+    ]
+    text_B = rng.bernoulli(rng.stream(keys_B, "drop_text"), drop.text)
+    return {"text": text_B} | ({"scores": jnp.stack(scores, 1)} if scores else {})
+
+  def _known(self, keys_B: jax.Array, frames: int) -> jax.Array:
+    """Which latent frames are given clean: none, or the first 1 to `history.frames` (B, T)."""
+    history = self.config.history
+    most = min(history.frames, frames - 1)
+    if most < 1:
+      return jnp.zeros((keys_B.shape[0], frames), bool)
+    given_B = rng.bernoulli(rng.stream(keys_B, "history"), history.probability)
+    count_B = jax.vmap(lambda key: jax.random.randint(key, (), 1, most + 1))(rng.stream(keys_B, "history_frames"))
+    return given_B[:, None] & (jnp.arange(frames)[None] < count_B[:, None])
+
+  # ---- sampling ----------------------------------------------------------------------------------------------------
+
+  def recipe(self, frames: int, height: int, width: int, **changes: Any) -> Recipe:
+    """The config's sampling settings for one size; `changes` replaces steps, method, shift or guidance scales."""
+    c = self.config.sample
+    values = {"steps": c.steps, "method": c.method, "shift": self.config.diffusion.shift} | {
+      key: changes.pop(key) for key in ("steps", "method", "shift") if changes.get(key) is not None
+    }
+    scales = {"text": c.text, "scores": c.scores, "image": c.image, "rescale": c.rescale}
+    scales |= {key: value for key, value in changes.items() if value is not None}
+    return Recipe(frames, height, width, guidance=guidance_lib.Guidance(**scales), **values)
+
+  def sampler(self, recipe: Recipe, negative: bool = False) -> Callable[[Params, Batch, jax.Array], jax.Array]:
+    """The jitted sampler of one recipe.
+
+    Args:
+      recipe: size, steps and guidance.
+      negative: the batch carries `negative_tokens` and `negative_tokens_mask` (or `negative_text`, `..._mask`), which
+        stand in for a dropped text.
+
+    Returns:
+      (params, batch, keys_B) -> frames uint8 (B, T, H, W, 3). The batch holds text and scores as in training, and
+      optionally `known_frames` uint8 (B, T, H, W, 3) with `known` bool (B, t) over latent frames. Row b depends on
+      keys_B[b] alone.
+    """
+    return jax.jit(functools.partial(self._sample, recipe, negative))
+
+  def _sample(self, recipe: Recipe, negative: bool, params: Params, batch: Batch, keys_B: jax.Array) -> jax.Array:
+    model: TextToVideo = params_lib.merge(self.graph, params)
+    codec = self.codec(model)
+    shape = codec.latent_shape(recipe.frames, recipe.height, recipe.width)
+    given = self._conditions(model, batch)
+    if "known_frames" in batch:
+      clean_BTHWC = codec.encode(batch["known_frames"].astype(jnp.float32) / 127.5 - 1)
+      given = dataclasses.replace(given, clean_BTHWC=clean_BTHWC, known_BT=batch["known"])
+    branches = guidance_lib.branches(recipe.guidance)
+    instead = self._negative(model, batch) if negative else None
+    stacked = _stack([_without(model, given, branch, instead) for branch in branches])
+
+    def predict_many(x_BTHWC: jax.Array, time: jax.Array, wanted: Any) -> list[jax.Array]:
+      copies = len(wanted)
+      conditions = stacked if copies == len(branches) else given
+      x_BTHWC = jnp.concatenate([x_BTHWC.astype(self.dtype)] * copies)
+      return jnp.split(model(x_BTHWC, jnp.full((x_BTHWC.shape[0],), time), conditions), copies)
+
+    predict = guidance_lib.guided(
+      lambda x, time, drop: predict_many(x, time, (drop,))[0], recipe.guidance, predict_many=predict_many
+    )
+    noise_BTHWC = rng.normal(rng.stream(keys_B, "noise"), shape)
+    times = sampler_lib.times(recipe.steps, recipe.shift)
+    x0_BTHWC = sampler_lib.sample(predict, noise_BTHWC, times, self.process, recipe.method)
+    if given.known_BT is not None:
+      x0_BTHWC = jnp.where(given.known_BT[:, :, None, None, None], given.clean_BTHWC, x0_BTHWC)
+    pixels = jnp.clip((codec.decode(x0_BTHWC) + 1) * 127.5, 0, 255)
+    return jnp.round(pixels).astype(jnp.uint8)
+
+  def _negative(self, model: TextToVideo, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    prefix = "negative_"
+    return model.encode_text(
+      {name.removeprefix(prefix): value for name, value in batch.items() if name.startswith(prefix)}, self.dtype
+    )
+
+  def samples(self, params: Params, batch: Batch, key: jax.Array) -> np.ndarray:
+    frames, height, width = self.config.data.buckets[0]
+    batch = {name: value for name, value in batch.items() if name not in ("frames", "latents")}
+    keys_B = rng.sample_keys(key, 0, jnp.arange(batch["scores"].shape[0]))
+    return np.asarray(self._cached_sampler(frames, height, width)(params, batch, keys_B))
+
+  @functools.lru_cache(maxsize=4)  # noqa: B019  a task lives as long as its run
+  def _cached_sampler(self, frames: int, height: int, width: int) -> Callable[..., jax.Array]:
+    return self.sampler(self.recipe(frames, height, width))
+
+
+def _dit_config(config: ml_collections.ConfigDict) -> video_dit.VideoDiTConfig:
+  return dataclasses.replace(
+    video_dit.preset(config.model.size),
+    latent_channels=config.codec.channels,
+    text_width=config.text.width,
+    conditions=tuple(config.model.conditions),
+    remat=config.model.remat,
+  )
+
+
+def _without(
+  model: TextToVideo, given: Conditions, branch: frozenset[str], instead: tuple[jax.Array, jax.Array] | None
+) -> Conditions:
+  """`given` without the conditions that `branch` drops; a negative text stands in for a dropped one."""
+  everyone = jnp.ones(given.scores_BM.shape[0], bool)
+  dropped = {name: everyone for name in branch if not (name == "text" and instead is not None)}
+  conditions = model.drop(given, dropped)
+  if "text" in branch and instead is not None:
+    conditions = dataclasses.replace(conditions, text_BLD=instead[0], text_mask_BL=instead[1])
+  return conditions
+
+
+def _stack(parts: list[Conditions]) -> Conditions:
+  return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
+
+
+TASK = VideoDiTTask
