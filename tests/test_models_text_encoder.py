@@ -14,12 +14,16 @@ from kling_jax.data import tokens
 from kling_jax.models import text_encoder
 from kling_jax.nn import params
 
-CONFIG = text_encoder.TextEncoderConfig(width=16, depth=2, heads=2)
+DEPTH = 2
+
+
+def build():
+  return text_encoder.ByteTextEncoder(16, DEPTH, 24, heads=2, rngs=nnx.Rngs(0))
 
 
 @pytest.fixture(scope="module")
 def encode():
-  graph, weights = params.split(text_encoder.ByteTextEncoder(CONFIG, rngs=nnx.Rngs(0)))
+  graph, weights = params.split(build())
 
   def call(texts, length=24, dtype=jnp.float32):
     tokens_BL, mask_BL = tokens.ByteTokenizer(length)(texts)
@@ -44,7 +48,7 @@ def test_more_padding_changes_nothing_and_padding_is_zero(encode):
 
 
 def test_masked_tokens_have_no_influence():
-  encoder = text_encoder.ByteTextEncoder(CONFIG, rngs=nnx.Rngs(0))
+  encoder = build()
   tokens_BL, mask_BL = tokens.ByteTokenizer(12)(["a cat"])
   garbage_BL = np.where(mask_BL, tokens_BL, 77)
   np.testing.assert_array_equal(encoder(garbage_BL, mask_BL), encoder(tokens_BL, mask_BL))
@@ -63,12 +67,12 @@ def test_rows_have_unit_size_and_bfloat16_agrees(encode):
 
 
 def test_stacked_layers_equal_a_loop_over_them():
-  encoder = text_encoder.ByteTextEncoder(CONFIG, rngs=nnx.Rngs(0))
+  encoder = build()
   tokens_BL, mask_BL = tokens.ByteTokenizer(12)(["a cat", ""])
   graph, stacked = nnx.split(encoder.layers)
   x_BLD = encoder.table[...][tokens_BL]
   angles = text_encoder.angles_1d(jnp.arange(12), 8)
-  for depth in range(CONFIG.depth):
+  for depth in range(DEPTH):
     layer = nnx.merge(graph, jax.tree.map(lambda leaf, depth=depth: leaf[depth], stacked))
     x_BLD = layer(x_BLD, text_encoder.Mask(keys_BL=jnp.asarray(mask_BL)), angles)
   expected_BLD = np.where(mask_BL[..., None], encoder.norm(x_BLD), 0)
@@ -78,7 +82,7 @@ def test_stacked_layers_equal_a_loop_over_them():
 
 
 def test_it_learns_to_tell_texts_apart():
-  graph, weights = params.split(text_encoder.ByteTextEncoder(CONFIG, rngs=nnx.Rngs(0)))
+  graph, weights = params.split(build())
   tokens_BL, mask_BL = tokens.ByteTokenizer(12)(["red", "der", "blue", "eblu"])
   target_B = jnp.array([1.0, -1.0, 1.0, -1.0])
   optimizer = optax.adam(3e-3)
@@ -101,7 +105,6 @@ def test_it_learns_to_tell_texts_apart():
 
 
 def test_every_weight_has_axes_and_a_gradient():
-  build = lambda: text_encoder.ByteTextEncoder(CONFIG, rngs=nnx.Rngs(0))
   _, shapes, axes = params.abstract(build)
   assert axes["table"] == (None, "embed")
   assert axes["layers.attention.q.kernel"] == ("layers", "embed", "heads")
@@ -115,15 +118,17 @@ def test_every_weight_has_axes_and_a_gradient():
 
 
 def test_flops_count_the_products_of_the_lowered_graph():
-  config = text_encoder.TextEncoderConfig(width=64, depth=1, heads=2)
-  encoder = text_encoder.ByteTextEncoder(config, rngs=nnx.Rngs(0))
+  encoder = text_encoder.ByteTextEncoder(width=64, depth=1, max_length=32, rngs=nnx.Rngs(0))
   call = jax.jit(lambda tokens_BL, mask_BL: encoder(tokens_BL, mask_BL))
   cost = call.lower(jnp.zeros((1, 32), jnp.int32), jnp.ones((1, 32), bool)).compile().cost_analysis()
-  assert text_encoder.forward_flops(config, 32) == pytest.approx(cost["flops"], rel=0.15)  # it also counts additions
+  assert text_encoder.forward_flops(64, 1, 32) == pytest.approx(cost["flops"], rel=0.15)  # it also counts additions
 
 
 def test_wrong_shapes_are_said():
   with pytest.raises(errors.ConfigError, match="legal heads: 1, 2, 4, 8"):
-    text_encoder.TextEncoderConfig(width=16, heads=3)
+    text_encoder.ByteTextEncoder(16, 1, 8, heads=3, rngs=nnx.Rngs(0))
   with pytest.raises(errors.ConfigError, match="depth"):
-    text_encoder.TextEncoderConfig(depth=0)
+    text_encoder.ByteTextEncoder(16, 0, 8, rngs=nnx.Rngs(0))
+  tokens_BL, mask_BL = tokens.ByteTokenizer(25)(["a cat"])
+  with pytest.raises(errors.ConfigError, match="25 tokens for a text encoder of at most 24"):
+    build()(tokens_BL, mask_BL)
