@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,7 @@ from kling_jax.diffusion import sampler as sampler_lib
 from kling_jax.diffusion import time as time_lib
 from kling_jax.errors import ConfigError, nearest
 from kling_jax.models import flops, latents, video_dit
+from kling_jax.models.text_encoder import TextEncoderConfig
 from kling_jax.models.text_to_video import Conditions, TextToVideo
 from kling_jax.models.video_vae import VideoVAE
 from kling_jax.nn import params as params_lib
@@ -67,8 +69,7 @@ class VideoDiTTask(Task):
     c = self.config
     return TextToVideo(
       self.dit,
-      text_depth=c.text.depth if c.text.encoder == "bytes" else 0,
-      text_tokens=c.text.tokens,
+      text=TextEncoderConfig(c.text.width, c.text.depth) if c.text.encoder == "bytes" else None,
       codec=VideoVAE.preset(c.codec.preset, rngs=rngs) if c.codec.name == "vae" else None,
       rngs=rngs,
     )
@@ -126,7 +127,7 @@ class VideoDiTTask(Task):
 
   def step_cost(self, batch: Batch) -> tuple[int, float]:
     rows, shape = self._latent_shape(batch)
-    tokens = rows * self.dit.tokens(shape)
+    tokens = rows * math.prod(self.dit.grid(*shape[:3]))
     forward = flops.video_dit_forward(self.dit, *shape[:3], self.config.text.tokens)
     return tokens, 3.0 * rows * forward
 

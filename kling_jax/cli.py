@@ -1,0 +1,288 @@
+"""The command line: one parser for all verbs, each verb imported only when it runs."""
+
+import argparse
+import json
+import os
+import pathlib
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from kling_jax import __version__
+from kling_jax.errors import KlingError, UsageError, nearest
+
+Run = Callable[[argparse.Namespace], int]
+
+
+class Parser(argparse.ArgumentParser):
+  """argparse that reports bad usage as our one clear line (exit code 2)."""
+
+  def error(self, message: str) -> NoReturn:
+    raise UsageError(f"{message} (see `{self.prog} --help`)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs one verb; returns the exit code: 0 ok, 1 failed, 2 bad usage, 130 interrupted."""
+  arguments = list(sys.argv[1:] if argv is None else argv)
+  debug = "--debug" in arguments
+  try:
+    args = parse([word for word in arguments if word != "--debug"])
+    _prepare()
+    return args.run(args)
+  except KlingError as error:
+    if debug:
+      traceback.print_exc()
+    print(f"kling: {type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
+    return error.exit_code
+  except KeyboardInterrupt:
+    print("kling: interrupted", file=sys.stderr)
+    return 130
+  except BrokenPipeError:  # `kling split ... | head`
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+  except Exception as error:  # noqa: BLE001  the last place that can turn a bug into a line instead of a page
+    if debug:
+      traceback.print_exc()
+    print(
+      f"kling: unexpected {type(error).__name__}: {' '.join(str(error).split())[:500]} "
+      "(this is a bug; run again with --debug for the traceback)",
+      file=sys.stderr,
+    )
+    return 1
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+  """Parses the words after `kling`; the namespace holds `run`.
+
+  Raises:
+    UsageError: unknown verb or flag, or a value of another type.
+  """
+  parser = Parser(prog="kling", description="Video generation research in JAX.", allow_abbrev=False)
+  parser.add_argument("--version", action="version", version=f"kling_jax {__version__}")
+  verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=Parser)
+  for name, (add, run, summary) in VERBS.items():
+    sub = verbs.add_parser(
+      name, help=summary, description=summary, allow_abbrev=False, epilog="Any verb: --debug shows tracebacks."
+    )
+    add(sub)
+    sub.set_defaults(run=run)
+  if argv and not argv[0].startswith("-") and argv[0] not in VERBS:
+    raise UsageError(f"unknown verb {argv[0]!r}{nearest(argv[0], VERBS)}")
+  args, rest = parser.parse_known_args(argv)
+  if rest and args.verb != "train":
+    raise UsageError(f"unknown argument {rest[0]!r} of `kling {args.verb}` (see `kling {args.verb} --help`)")
+  args.overrides = rest
+  return args
+
+
+def _prepare() -> None:
+  """What every verb needs before it imports anything heavy."""
+  from absl import flags, logging
+
+  flags.FLAGS.mark_as_parsed()  # Grain's worker processes refuse unparsed flags
+  logging.set_verbosity(logging.ERROR)
+
+
+def _print_json(value: Any) -> None:
+  json.dump(value, sys.stdout, indent=1)
+  print()
+
+
+# ---- demo, doctor ---------------------------------------------------------------------------------------------------
+
+
+def _add_demo(parser: Parser) -> None:
+  parser.add_argument("--workdir", default="demo", help="everything is written here (default: demo)")
+  parser.add_argument("--videos", help="your own footage instead of rendered films")
+  parser.add_argument("--steps", type=int, help="training steps")
+
+
+def _demo(args: argparse.Namespace) -> int:
+  from kling_jax import demo
+
+  print(demo.run(pathlib.Path(args.workdir), args.videos, args.steps))
+  return 0
+
+
+def _add_json(parser: Parser) -> None:
+  parser.add_argument("--json", action="store_true", help="machine-readable answer on standard output")
+
+
+def _doctor(args: argparse.Namespace) -> int:
+  from kling_jax import doctor
+
+  facts = doctor.examine()
+  if args.json:
+    _print_json(facts)
+  else:
+    doctor.show(facts)
+  return 0
+
+
+# ---- curation ---------------------------------------------------------------------------------------------------------
+
+
+def _add_split(parser: Parser) -> None:
+  parser.add_argument("video", nargs="+", help="video files")
+  parser.add_argument("--method", default="default", help="default")
+  _add_json(parser)
+
+
+def _split(args: argparse.Namespace) -> int:
+  from kling_jax.curation import split
+
+  return split.command(args.video, method=args.method, as_json=args.json)
+
+
+def _add_curate(parser: Parser) -> None:
+  parser.add_argument("--input", required=True, help="folder of videos")
+  parser.add_argument("--output", required=True, help="clip set to write; started again, it goes on")
+  parser.add_argument("--workers", type=int, help="processes (default: cores)")
+
+
+def _curate(args: argparse.Namespace) -> int:
+  from kling_jax.curation import curate
+
+  funnel = curate.curate(args.input, args.output, curate.Options(workers=args.workers))
+  print(funnel.text())
+  return 0
+
+
+# ---- data -------------------------------------------------------------------------------------------------------------
+
+
+def _add_data(parser: Parser) -> None:
+  parser.add_argument("action", choices=["verify"], help="verify: read every record of a set")
+  parser.add_argument("--input", required=True, help="clip set")
+  _add_json(parser)
+
+
+def _data(args: argparse.Namespace) -> int:
+  from kling_jax.data import records
+
+  report = records.verify(args.input)
+  if args.json:
+    _print_json(report.to_json())
+  else:
+    print(report.text())
+  return 0 if report.ok else 1
+
+
+def _add_encode(parser: Parser) -> None:
+  parser.add_argument("--config", required=True, help="training config whose codec, text encoder and buckets are used")
+  parser.add_argument("--input", help="clip set (default: the sources of the config)")
+
+
+def _encode(args: argparse.Namespace) -> int:
+  from kling_jax import config
+  from kling_jax.generate import encode
+
+  print(encode.run(config.load(args.config, args.overrides), args.input))
+  return 0
+
+
+# ---- train, sample ------------------------------------------------------------------------------------------------------
+
+
+def _add_train(parser: Parser) -> None:
+  parser.add_argument("--config", required=True, help="file.py[:args], e.g. configs/video_dit.py:size=S,res=128")
+  parser.add_argument("--workdir", required=True, help="started again with the same config, it goes on exactly")
+  parser.epilog = "Override any key: --config.optimizer.lr=1e-4. Any verb: --debug shows tracebacks."
+
+
+def _train(args: argparse.Namespace) -> int:
+  from kling_jax import config
+
+  loaded = config.load(args.config, args.overrides)
+  from kling_jax.train import loop
+
+  summary = loop.run(loaded, args.workdir)
+  state = "finished" if summary.finished else "stopped by SIGTERM, saved; run again to go on"
+  print(f"{args.workdir}: step {summary.step}, loss {summary.metrics.get('loss', float('nan')):.4f}, {state}")
+  return 0
+
+
+def _add_sample(parser: Parser) -> None:
+  parser.add_argument("--workdir", required=True, help="work directory of a video_dit run")
+  parser.add_argument("--step", type=int, help="checkpoint (default: the newest)")
+  parser.add_argument("--prompt", action="append", default=[], help="text; may be given several times")
+  parser.add_argument("--prompts", help="JSONL file: a text, or {prompt, negative, seed, scores, image, video} a line")
+  parser.add_argument("--negative", default="", help="what to steer away from")
+  parser.add_argument("--image", help="picture that becomes the first frame")
+  parser.add_argument("--video", help="video to continue")
+  parser.add_argument("--frames", type=int)
+  parser.add_argument("--size", help="WIDTHxHEIGHT in pixels")
+  parser.add_argument("--fps", type=float)
+  for name in ("motion", "aesthetic", "clarity", "vtss"):
+    parser.add_argument(f"--{name}", help="raw score, or low, mid, high; left out = not told")
+  parser.add_argument("--seed", type=int, default=0, help="of the first video of each prompt")
+  parser.add_argument("--count", type=int, default=1, help="videos a prompt, with seeds from --seed on")
+  parser.add_argument("--steps", type=int, help="sampler steps")
+  parser.add_argument("--sampler", help="euler, heun, ddim, dpmpp_2m")
+  parser.add_argument("--shift", type=float, help="of the noise schedule")
+  parser.add_argument("--guidance", type=float, help="text scale; 1 = off")
+  parser.add_argument("--guidance_scores", type=float, help="score scale")
+  parser.add_argument("--guidance_image", type=float, help="image or history scale")
+  parser.add_argument("--rescale", type=float, help="guidance rescale, 0 to 1")
+  parser.add_argument("--batch", type=int, help="videos a network call")
+  parser.add_argument("--rewrite", help="OpenAI-compatible server that lengthens prompts, e.g. http://localhost:8000/v1")
+  parser.add_argument("--rewrite_model", default="default", help="model name on that server")
+  parser.add_argument("--out", required=True, help="F.mp4; several videos become F-000.mp4, F-001.mp4, ...")
+
+
+def _sample(args: argparse.Namespace) -> int:
+  from kling_jax.generate import sample
+
+  scores = {name: _score(getattr(args, name)) for name in ("motion", "aesthetic", "clarity", "vtss")}
+  shared = {
+    "negative": args.negative,
+    "image": args.image,
+    "video": args.video,
+    "scores": {name: value for name, value in scores.items() if value is not None},
+  }
+  asked: list[dict[str, Any]] = [{"prompt": prompt} for prompt in args.prompt]
+  asked += sample.read_prompts(args.prompts) if args.prompts else []
+  if not asked:
+    raise UsageError("give --prompt or --prompts")
+  rows = [
+    {**shared, **row, "seed": row.get("seed", args.seed) + number} for row in asked for number in range(args.count)
+  ]
+  width, height = _size(args.size)
+  settings = sample.Settings(
+    frames=args.frames, height=height, width=width, fps=args.fps, steps=args.steps, method=args.sampler,
+    shift=args.shift, text=args.guidance, scores_scale=args.guidance_scores, image_scale=args.guidance_image,
+    rescale=args.rescale, batch=args.batch,
+  )  # fmt: skip
+  rewriter = (args.rewrite, args.rewrite_model) if args.rewrite else None
+  for path in sample.run(args.workdir, rows, args.out, settings, step=args.step, rewriter=rewriter):
+    print(path)
+  return 0
+
+
+def _score(text: str | None) -> float | str | None:
+  try:
+    return None if text is None else float(text)
+  except ValueError:
+    return text
+
+
+def _size(text: str | None) -> tuple[int | None, int | None]:
+  if text is None:
+    return None, None
+  width, times, height = text.lower().partition("x")
+  if not (times and width.isdigit() and height.isdigit()):
+    raise UsageError(f"--size {text!r} is not of the form WIDTHxHEIGHT, e.g. 128x64")
+  return int(width), int(height)
+
+
+VERBS: dict[str, tuple[Callable[[Parser], None], Run, str]] = {
+  "demo": (_add_demo, _demo, "The whole chain in minutes: curate, train, sample, report."),
+  "doctor": (_add_json, _doctor, "What this machine can run, and what each extra would add."),
+  "split": (_add_split, _split, "Transitions and shots of videos."),
+  "curate": (_add_curate, _curate, "Raw videos to a scored, selected clip set."),
+  "data": (_add_data, _data, "Integrity of a clip set."),
+  "encode": (_add_encode, _encode, "Latents and text of a clip set into caches."),
+  "train": (_add_train, _train, "Train any task of any config."),
+  "sample": (_add_sample, _sample, "Videos from a checkpoint: from text, from an image, continuing a video."),
+}

@@ -1,0 +1,285 @@
+"""`kling sample`: videos from a checkpoint, from text, from an image, or continuing a video."""
+
+import dataclasses
+import json
+import math
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from kling_jax import progress
+from kling_jax.data import conditions as conditions_lib
+from kling_jax.data import decode, encode, grid
+from kling_jax.data.tokens import ByteTokenizer
+from kling_jax.errors import ConfigError, DataError, UsageError, WeightsError, nearest
+from kling_jax.generate import rewrite
+from kling_jax.nn import rng
+from kling_jax.train import sharding, task, workdir
+from kling_jax.train.checkpoint import Checkpoints
+
+LEVELS = {"low": 0.0, "mid": 500.0, "high": 1000.0}  # of the normalised score: 1st percentile, middle, 99th
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+  """One video to make.
+
+  Attributes:
+    prompt, negative: text; the negative one stands in for a dropped text in guidance.
+    seed: equal seeds with equal conditions give equal videos, in any batch.
+    scores: {name: raw value, or "low", "mid", "high"}; absent = not told.
+    image, video: path whose picture becomes the first frame, or whose end becomes the start.
+  """
+
+  prompt: str
+  negative: str = ""
+  seed: int = 0
+  scores: dict[str, float | str] = dataclasses.field(default_factory=dict)
+  image: str | None = None
+  video: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """What all videos of one call share; None = the training config's value.
+
+  Attributes:
+    frames, height, width: in pixels; fps of the file.
+    steps, method, shift, text, scores_scale, image_scale, rescale: of the sampler and the guidance.
+    batch: videos a network call; None = as many as there are, at most 8 a device.
+  """
+
+  frames: int | None = None
+  height: int | None = None
+  width: int | None = None
+  fps: float | None = None
+  steps: int | None = None
+  method: str | None = None
+  shift: float | None = None
+  text: float | None = None
+  scores_scale: float | None = None
+  image_scale: float | None = None
+  rescale: float | None = None
+  batch: int | None = None
+
+
+class Model:
+  """A trained text-to-video model, loaded once."""
+
+  def __init__(self, folder: str | pathlib.Path, step: int | None = None):
+    """Loads the EMA weights of a work directory's newest (or given) checkpoint, sharded over all devices."""
+    folder = pathlib.Path(folder)
+    self.config = workdir.read_config(folder)
+    if self.config.task != "video_dit":
+      raise UsageError(f"{folder} trained the task {self.config.task!r}; sampling needs a video_dit work directory")
+    self.task: Any = task.make(self.config)
+    checkpoints = Checkpoints(folder)
+    self.step = checkpoints.latest() if step is None else step
+    if self.step is None:
+      raise WeightsError(f"{folder} holds no complete checkpoint yet")
+    self.mesh = sharding.make_mesh({"replica": 1, "fsdp": -1, "context": 1, "tensor": 1})
+    placed = sharding.parameter_shardings(self.mesh, self.task.shapes, self.task.axes)
+    shapes = {
+      name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed[name])
+      for name, leaf in self.task.shapes.items()
+    }
+    self.params = checkpoints.restore_params(self.step, shapes)
+    meta = checkpoints.meta(self.step)
+    self.percentiles = conditions_lib.Percentiles.from_json(meta["constants"]["conditions"])
+    self._samplers: dict[Any, Any] = {}
+
+  def size(self, settings: Settings) -> tuple[int, int, int]:
+    """(frames, height, width) of the videos, checked against codec and patch.
+
+    Raises:
+      ConfigError: a size that the codec cannot make; names the nearest legal ones.
+    """
+    bucket = self.config.data.buckets[0]
+    given = (settings.frames, settings.height, settings.width)
+    frames, height, width = (a or b for a, b in zip(given, bucket, strict=True))
+    codec, patch = self.task.codec(), self.task.dit.patch
+    step = codec.temporal * patch[0]
+    if (frames - 1) % step:
+      low = (frames - 1) // step * step + 1
+      raise ConfigError(f"--frames {frames} must be 1 + a multiple of {step}, e.g. {low} or {low + step}")
+    for name, value, factor in (("height", height, patch[1]), ("width", width, patch[2])):
+      unit = codec.spatial * factor
+      if value % unit or value < unit:
+        low = max(value // unit, 1) * unit
+        raise ConfigError(f"--size: {name} {value} must be a multiple of {unit}, e.g. {low} or {low + unit}")
+    return frames, height, width
+
+  def __call__(self, requests: Sequence[Request], settings: Settings = Settings()) -> list[np.ndarray]:
+    """Samples one video a request: uint8 (T, H, W, 3) each, in order."""
+    size = self.size(settings)
+    recipe = self.task.recipe(
+      *size, steps=settings.steps, method=settings.method, shift=settings.shift, text=settings.text,
+      scores=settings.scores_scale, image=settings.image_scale, rescale=settings.rescale,
+    )  # fmt: skip
+    ways = sharding.batch_ways(self.mesh)
+    rows = settings.batch or min(len(requests), 8 * ways)
+    rows = math.ceil(rows / ways) * ways
+    negative = any(request.negative for request in requests)
+    known = any(request.image or request.video for request in requests)
+    key = (recipe, negative, known)
+    if key not in self._samplers:
+      self._samplers[key] = self.task.sampler(recipe, negative=negative)
+    videos: list[np.ndarray] = []
+    chunks = [requests[start : start + rows] for start in range(0, len(requests), rows)]
+    for chunk in progress.track(chunks, "sample"):
+      padded = list(chunk) + [chunk[-1]] * (rows - len(chunk))
+      batch = self._batch(padded, size, settings.fps or self.config.data.fps, negative, known)
+      frames = self._samplers[key](self.params, sharding.put_batch(self.mesh, batch), self._keys(padded))
+      videos += list(np.asarray(frames)[: len(chunk)])
+    return videos
+
+  def _keys(self, requests: Sequence[Request]) -> jax.Array:
+    return jax.vmap(lambda seed: rng.sample_keys(jax.random.key(seed), 0, np.zeros(1, np.uint32))[0])(
+      np.asarray([request.seed for request in requests], np.uint32)
+    )
+
+  def _batch(
+    self, requests: Sequence[Request], size: tuple[int, int, int], fps: float, negative: bool, known: bool
+  ) -> dict[str, np.ndarray]:
+    if self.config.text.encoder != "bytes":
+      raise UsageError("this model reads text from a cache; encode the prompts first (kling encode)")
+    tokenizer = ByteTokenizer(self.config.text.tokens)
+    batch: dict[str, np.ndarray] = {}
+    batch["tokens"], batch["tokens_mask"] = tokenizer([request.prompt for request in requests])
+    if negative:
+      batch["negative_tokens"], batch["negative_tokens_mask"] = tokenizer([request.negative for request in requests])
+    rows = [self._scores(request.scores) for request in requests]
+    batch["scores"] = np.stack([row[0] for row in rows])
+    batch["scores_known"] = np.stack([row[1] for row in rows])
+    if known:
+      given = [self._given(request, size, fps) for request in requests]
+      batch["known_frames"] = np.stack([frames for frames, _ in given])
+      batch["known"] = np.stack([mask for _, mask in given])
+    return batch
+
+  def _scores(self, scores: dict[str, float | str]) -> tuple[np.ndarray, np.ndarray]:
+    names = tuple(self.config.model.conditions)
+    for name in scores:
+      if name not in names:
+        raise UsageError(f"this model is not told {name!r}{nearest(name, names)}")
+    values = np.zeros(len(names), np.float32)
+    for number, name in enumerate(names):
+      value = scores.get(name)
+      if isinstance(value, str) and value not in LEVELS:
+        raise UsageError(f"--{name} {value!r} is neither a number nor one of {', '.join(LEVELS)}")
+      if value is not None:
+        values[number] = LEVELS[value] if isinstance(value, str) else self.percentiles.normalise(name, value)
+    return values, np.asarray([name in scores and scores[name] is not None for name in names])
+
+  def _given(self, request: Request, size: tuple[int, int, int], fps: float) -> tuple[np.ndarray, np.ndarray]:
+    """Known pixels (T, H, W, 3), padded by repetition, and which latent frames they fill (t,)."""
+    frames, height, width = size
+    codec = self.task.codec()
+    latent_frames = codec.latent_shape(*size)[0]
+    if request.image:
+      start, count = next(decode.iterate(request.image, size=(height, width)))[2][None], 1
+    elif request.video:
+      count = min(max(self.config.history.frames, 1), latent_frames - 1)
+      start = tail(request.video, 1 + codec.temporal * (count - 1), fps, height, width)
+    else:
+      start, count = np.zeros((1, height, width, 3), np.uint8), 0
+    rest = np.repeat(start[-1:], frames - len(start), axis=0)
+    return np.concatenate([start, rest]), np.arange(latent_frames) < count
+
+
+def tail(path: str, count: int, fps: float, height: int, width: int) -> np.ndarray:
+  """The last `count` frames of a video at `fps`, uint8 (count, height, width, 3)."""
+  info = decode.probe(path)
+  last = info.duration_s - 1 / max(info.fps, 1e-6)
+  times = last - np.arange(count)[::-1] / fps
+  if times[0] < 0:
+    raise DataError(f"{path} lasts {info.duration_s:.2f} s; continuing it takes {count} frames at {fps:g} fps")
+  return decode.frames_at(path, times, height, width)
+
+
+def read_prompts(path: str | pathlib.Path) -> list[dict[str, Any]]:
+  """Reads a JSONL of requests: a string, or an object with `prompt` and optionally negative, seed, scores, image, video.
+
+  Raises:
+    DataError: names the line that is not JSON, has no prompt or an unknown key.
+  """
+  known = {field.name for field in dataclasses.fields(Request)}
+  rows = []
+  for number, line in enumerate(pathlib.Path(path).read_text(encoding="utf-8").splitlines(), 1):
+    if not line.strip():
+      continue
+    try:
+      row = json.loads(line)
+    except json.JSONDecodeError as error:
+      raise DataError(f"{path} line {number} is not JSON: {error}") from error
+    row = {"prompt": row} if isinstance(row, str) else row
+    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+      raise DataError(f'{path} line {number} has no "prompt" text')
+    for key in row:
+      if key not in known:
+        raise DataError(f"{path} line {number}: unknown key {key!r}{nearest(key, known)}")
+    rows.append(row)
+  if not rows:
+    raise DataError(f"{path} holds no prompts")
+  return rows
+
+
+def write(videos: Sequence[np.ndarray], out: str | pathlib.Path, fps: float) -> list[pathlib.Path]:
+  """Writes `out` (one video) or `out` with -000, -001, ... before the suffix, and a contact sheet of all as PNG."""
+  out = pathlib.Path(out)
+  if len(videos) == 1:
+    paths = [out]
+  else:
+    paths = [out.with_name(f"{out.stem}-{number:03d}{out.suffix}") for number in range(len(videos))]
+  for path, frames in zip(paths, videos, strict=True):
+    encode.write_video(path, frames, fps=fps)
+  sheet = out.with_suffix(".png")
+  same = len({frames.shape for frames in videos}) == 1
+  rows = np.stack(videos) if same else np.stack([frames[-videos[-1].shape[0] :] for frames in videos])
+  grid.write_png(str(sheet), grid.contact_sheet(rows))
+  return [*paths, sheet]
+
+
+def run(
+  folder: str,
+  rows: Sequence[dict[str, Any]],
+  out: str,
+  settings: Settings = Settings(),
+  *,
+  step: int | None = None,
+  rewriter: tuple[str, str] | None = None,
+) -> list[pathlib.Path]:
+  """Loads the model, samples the requests `rows` and writes the files.
+
+  Args:
+    rewriter: (server, model) of a prompt rewriter, or None.
+  """
+  if pathlib.Path(out).suffix.lower() != ".mp4":
+    raise UsageError(f"--out {out} must end in .mp4")
+  if rewriter is not None:
+    rows = [{**row, "prompt": rewrite.rewrite(row["prompt"], *rewriter)} for row in rows]
+  requests = [Request(**row) for row in rows]
+  for request in requests:
+    for source in filter(None, (request.image, request.video)):
+      if not pathlib.Path(source).is_file():
+        raise UsageError(f"there is no file {source}")
+  model = Model(folder, step)
+  fps = settings.fps or model.config.data.fps
+  videos = model(requests, settings)
+  return write([_whole(request, video, model, fps) for request, video in zip(requests, videos, strict=True)], out, fps)
+
+
+def _whole(request: Request, video: np.ndarray, model: Model, fps: float) -> np.ndarray:
+  """A continued video starts with its original, at the sampled size and rate."""
+  if not request.video:
+    return video
+  info = decode.probe(request.video)
+  known = 1 + model.task.codec().temporal * (max(model.config.history.frames, 1) - 1)
+  last = info.duration_s - 1 / max(info.fps, 1e-6)
+  count = int(last * fps) + 1
+  times = last - np.arange(count)[::-1] / fps
+  before = decode.frames_at(request.video, times, *video.shape[1:3])
+  return np.concatenate([before[: max(len(before) - known, 0)], video])
