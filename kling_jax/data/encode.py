@@ -1,0 +1,236 @@
+"""RGB frames to H.264 MP4 with exact time stamps, and spans of a video cut out as such clips.
+
+Clips are yuv420p, BT.709, limited range, without B-frames (so that every duration in the file is exact and decoding
+never looks ahead), with the index in front. Equal frames give equal bytes on every machine with the same FFmpeg.
+"""
+
+import fractions
+import itertools
+import os
+import pathlib
+import tempfile
+import typing
+from collections.abc import Iterable, Iterator, Sequence
+
+import av
+import numpy as np
+from av.video.reformatter import Interpolation
+
+from kling_jax import errors, files
+from kling_jax.data import decode, picture
+
+_FINE = fractions.Fraction(1, 90_000)  # seconds; the tick of clips with irregular times
+_CHROMA = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INP
+_AUDIO_RATE = 48_000  # samples per second
+_SINE_HZ = 440.0
+
+Stamped = tuple[int, int, np.ndarray]  # time stamp, duration (ticks), uint8 RGB (H, W, 3)
+Audio = typing.Literal["sine", "silence"]
+
+
+def encode(
+  frames: Iterable[np.ndarray],
+  *,
+  fps: float | fractions.Fraction | None = None,
+  times_s: Sequence[float] | np.ndarray | None = None,
+  crf: float = 18.0,
+  keyframe_every: int = 48,
+  audio: Audio | None = None,
+) -> bytes:
+  """Encodes uint8 RGB frames (H, W, 3) of one size; an odd last row or column is cropped (4:2:0 has none).
+
+  Args:
+    frames: at least one frame, any iterator: only one frame is held.
+    fps: constant rate in frames per second, exact as a fraction; or
+    times_s: one ascending start time per frame, in seconds, rounded to 1/90000 s. The last frame shows as long as
+      the one before it.
+    crf: x264's quality, 0 (lossless) to 51; 18 is visually lossless.
+    keyframe_every: largest distance between keyframes, in frames.
+    audio: adds an AAC track as long as the video: a 440 Hz sine or silence.
+
+  Raises:
+    DataError: no frames, frames of differing or unusable shape, times that do not ascend or do not fit the frames.
+  """
+  with tempfile.TemporaryDirectory(prefix="kling-") as folder:
+    path = pathlib.Path(folder) / "clip.mp4"
+    _encode(path, frames, fps=fps, times_s=times_s, crf=crf, keyframe_every=keyframe_every, audio=audio)
+    return path.read_bytes()
+
+
+def write(path: str | os.PathLike[str], frames: Iterable[np.ndarray], **options: typing.Any) -> None:
+  """Writes `encode(frames, **options)` to `path`; the file appears whole or not at all."""
+  with files.whole(path) as temporary:
+    _encode(temporary, frames, **options)
+
+
+def cut(
+  source: decode.Media,
+  start_pts: int,
+  end_pts: int,
+  *,
+  short_side: int | None = None,
+  crf: float = 18.0,
+  keyframe_every: int = 48,
+  limits: decode.Limits = decode.DEFAULT_LIMITS,
+) -> bytes:
+  """Re-encodes exactly the frames that start in [start_pts, end_pts) ticks of the source's time base.
+
+  The clip's first frame moves to time 0; distances between frames stay exact, constant rate or not. The frames are
+  upright, without alpha, and of the source's displayed size, or shrunk so that the shorter side is `short_side`.
+
+  Raises:
+    DataError: no frame starts in the span.
+    MediaError: the source cannot be decoded.
+  """
+  with decode.Cursor(source, limits) as cursor:
+    video = cursor.video
+    tick = video.time_base
+    rate = video.stream.average_rate or video.stream.guessed_rate or fractions.Fraction(25)
+    stamped = _restamped(cursor.span(start_pts, end_pts), end_pts, short_side, cursor)
+    first = next(stamped, None)
+    if first is None:
+      span = f"[{start_pts}, {end_pts}) ticks of {tick} s"
+      raise errors.DataError(f"{video.source!r}: no frame starts in {span}; `decode.probe` tells the file's span")
+    with tempfile.TemporaryDirectory(prefix="kling-") as folder:
+      path = pathlib.Path(folder) / "clip.mp4"
+      _mux(path, itertools.chain([first], stamped), tick, rate, crf, keyframe_every, None)
+      return path.read_bytes()
+
+
+def _restamped(
+  frames: Iterator[tuple[int, av.VideoFrame]], end_pts: int, short_side: int | None, cursor: decode.Cursor
+) -> Iterator[Stamped]:
+  """Moves a span to time 0; a frame shows until the next one, the last one for its own duration within the span."""
+  held: tuple[int, np.ndarray, int] | None = None
+  size: tuple[int, int] | None = None
+  zero = 0
+  for pts, frame in frames:
+    if size is None:
+      zero, size = pts, _shrunk(picture.upright_size(frame), short_side)
+    if held is not None:
+      yield held[0] - zero, pts - held[0], held[1]
+    held = pts, picture.cover(frame, *size), min(cursor.video.duration(frame), end_pts - pts)
+  if held is not None:
+    yield held[0] - zero, max(1, held[2]), held[1]
+
+
+def _shrunk(size: tuple[int, int], short_side: int | None) -> tuple[int, int]:
+  """(height, width) with the shorter side at most `short_side`, both even."""
+  scale = 1.0 if short_side is None else min(1.0, short_side / min(size))
+  rows, columns = (max(2, round(n * scale) // 2 * 2) for n in size)
+  return rows, columns
+
+
+def _encode(
+  path: pathlib.Path,
+  frames: Iterable[np.ndarray],
+  *,
+  fps: float | fractions.Fraction | None = None,
+  times_s: Sequence[float] | np.ndarray | None = None,
+  crf: float = 18.0,
+  keyframe_every: int = 48,
+  audio: Audio | None = None,
+) -> None:
+  if (fps is None) == (times_s is None):
+    raise errors.DataError(f"give either fps or times_s, not fps={fps!r} and times_s={times_s!r}")
+  if fps is not None:
+    rate = fractions.Fraction(fps).limit_denominator(1001)
+    if rate <= 0:
+      raise errors.DataError(f"fps must be above 0, not {fps!r}")
+    stamped: Iterator[Stamped] = ((k, 1, frame) for k, frame in enumerate(frames))
+    _mux(path, stamped, 1 / rate, rate, crf, keyframe_every, audio)
+    return
+  stamps = np.round(np.asarray(times_s, np.float64) / float(_FINE)).astype(np.int64)
+  if stamps.ndim != 1 or len(stamps) == 0 or np.any(np.diff(stamps) <= 0):
+    raise errors.DataError("times_s must hold at least one time and ascend by at least 1/90000 s")
+  stamps -= stamps[0]
+  last = stamps[-1] - stamps[-2] if len(stamps) > 1 else 3600  # 1/25 s for a single frame
+  steps = np.append(np.diff(stamps), last)
+  mean = fractions.Fraction(1.0 / (float(np.mean(steps)) * float(_FINE))).limit_denominator(1001)
+  stamped = ((int(t), int(d), f) for t, d, f in _matched(stamps, steps, frames))
+  _mux(path, stamped, _FINE, mean or fractions.Fraction(1), crf, keyframe_every, audio)
+
+
+def _matched(stamps: np.ndarray, steps: np.ndarray, frames: Iterable[np.ndarray]) -> Iterator[tuple]:
+  """zip that refuses other lengths in the words of this module."""
+  missing = object()
+  for k, (stamp, step, frame) in enumerate(itertools.zip_longest(stamps, steps, frames, fillvalue=missing)):
+    if stamp is missing or frame is missing:
+      have, want = ("fewer frames", "times") if frame is missing else ("more frames", "times")
+      raise errors.DataError(f"{have} than {want}: {len(stamps)} times, and the frames differ at number {k}")
+    yield stamp, step, frame
+
+
+def _mux(
+  path: pathlib.Path,
+  stamped: Iterator[Stamped],
+  tick: fractions.Fraction,
+  rate: fractions.Fraction,
+  crf: float,
+  keyframe_every: int,
+  audio: Audio | None,
+) -> None:
+  """Encodes frames with their time stamps (in ticks of `tick` seconds) into an MP4 at `path`."""
+  first = next(stamped, None)
+  if first is None:
+    raise errors.DataError("there are no frames to encode")
+  height, width = _even(first[2], 0)
+  with av.open("file:" + os.path.abspath(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
+    stream = container.add_stream("libx264", rate=rate)
+    stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+    stream.options = {"crf": str(crf), "preset": "veryfast", "bf": "0", "g": str(keyframe_every)}
+    context = stream.codec_context
+    context.time_base = tick
+    context.thread_count = 1  # x264's output depends on the number of its threads.
+    context.color_range, context.colorspace, context.color_primaries, context.color_trc = 1, 1, 1, 1
+    sound = container.add_stream("aac", rate=_AUDIO_RATE, layout="mono") if audio else None
+    samples_done = 0
+    durations: dict[int, int] = {}
+    for k, (stamp, duration, rgb) in enumerate(itertools.chain([first], stamped)):
+      if _even(rgb, k) != (height, width):
+        raise errors.DataError(f"frame {k} is {rgb.shape[1]} x {rgb.shape[0]}; the first one was {width} x {height}")
+      durations[stamp] = duration
+      for packet in stream.encode(_to_yuv(rgb[:height, :width], stamp, duration, tick)):
+        container.mux(_timed(packet, durations))
+      if sound is not None:
+        wanted = round((stamp + duration) * tick * _AUDIO_RATE)
+        for block in _tone(samples_done, wanted, audio == "sine"):
+          container.mux(sound.encode(block))
+        samples_done = wanted
+    for packet in stream.encode(None):
+      container.mux(_timed(packet, durations))
+    if sound is not None:
+      container.mux(sound.encode(None))
+
+
+def _timed(packet: av.Packet, durations: dict[int, int]) -> av.Packet:
+  """Gives a packet its frame's own duration; x264 would write one frame of the mean rate."""
+  if packet.pts is not None:
+    packet.duration = durations.pop(packet.pts)
+  return packet
+
+
+def _even(rgb: np.ndarray, number: int) -> tuple[int, int]:
+  """(height, width) of a frame after cropping to even numbers."""
+  if rgb.ndim != 3 or rgb.shape[2] != 3 or rgb.dtype != np.uint8 or min(rgb.shape[:2]) < 2:
+    raise errors.DataError(f"frame {number} must be uint8 (height >= 2, width >= 2, 3), not {rgb.dtype} {rgb.shape}")
+  return rgb.shape[0] // 2 * 2, rgb.shape[1] // 2 * 2
+
+
+def _to_yuv(rgb: np.ndarray, stamp: int, duration: int, tick: fractions.Fraction) -> av.VideoFrame:
+  frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(rgb), format="rgb24")
+  frame = frame.reformat(
+    format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG", interpolation=_CHROMA, threads=1
+  )
+  frame.pts, frame.time_base, frame.duration = stamp, tick, duration
+  return frame
+
+
+def _tone(start: int, end: int, audible: bool) -> Iterator[av.AudioFrame]:
+  """Mono blocks of samples [start, end)."""
+  for begin in range(start, end, 1024):
+    n = np.arange(begin, min(begin + 1024, end))
+    wave = 0.2 * np.sin(2 * np.pi * _SINE_HZ * n / _AUDIO_RATE) * audible
+    block = av.AudioFrame.from_ndarray(wave.astype(np.float32)[None], format="fltp", layout="mono")
+    block.sample_rate, block.pts, block.time_base = _AUDIO_RATE, begin, fractions.Fraction(1, _AUDIO_RATE)
+    yield block
