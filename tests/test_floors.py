@@ -35,7 +35,7 @@ def imported(path: pathlib.Path) -> set[str]:
       names = [f"kling_jax.{alias.name}" for alias in node.names]
     elif isinstance(node, ast.ImportFrom) and node.module:
       names = [node.module]
-    rooms |= {name.split(".")[1] for name in names if name.startswith("kling_jax.")}
+    rooms |= {name.split(".")[1] for name in names if name.startswith("kling_jax.") and "__" not in name}
   return rooms
 
 

@@ -126,5 +126,5 @@ def activations(mesh: Mesh) -> Iterator[None]:
       spec.append(target if ways > 1 and size % ways == 0 else None)
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*spec)))
 
-  with partition.constraints(constrain):
+  with partition.placing(constrain):
     yield

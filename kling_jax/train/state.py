@@ -74,7 +74,7 @@ class Update:
       loss_of = lambda trained, rows, keys: self.task.loss({**trained, **frozen}, rows, keys)
       (loss, metrics), gradient = accumulated(loss_of, self.config.optimizer.accumulate)(trained, batch, keys_B)
 
-    norm = optax.global_norm(gradient)
+    norm = optax.tree.norm(gradient)
     clip = self.config.optimizer.clip
     scale = jnp.minimum(1.0, clip / jnp.maximum(norm, 1e-12)) if clip else 1.0
     gradient = jax.tree.map(lambda g: g * scale, gradient)
