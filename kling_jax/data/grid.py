@@ -1,6 +1,7 @@
 """Pictures of many clips at once: a grid video, and a contact sheet with one row of frames a clip."""
 
 import math
+import os
 
 import cv2
 import numpy as np
@@ -35,7 +36,7 @@ def contact_sheet(frames_BTHWC: np.ndarray, columns: int = 8, gap: int = 2) -> n
   return sheet
 
 
-def write_png(path: str, image_HWC: np.ndarray) -> None:
+def write_png(path: str | os.PathLike[str], image_HWC: np.ndarray) -> None:
   """Writes an RGB uint8 image, whole or not at all."""
   with files.whole(path) as temporary:
     temporary.write_bytes(png(image_HWC))

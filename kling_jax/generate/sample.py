@@ -161,18 +161,21 @@ class Model:
     return batch
 
   def _scores(self, scores: dict[str, float | str]) -> tuple[np.ndarray, np.ndarray]:
-    names = tuple(self.config.model.conditions)
-    for name in scores:
-      if name not in names:
-        raise UsageError(f"this model is not told {name!r}{nearest(name, names)}")
-    values = np.zeros(len(names), np.float32)
-    for number, name in enumerate(names):
-      value = scores.get(name)
-      if isinstance(value, str) and value not in LEVELS:
+    """Normalised scores (M,) and which are told (M,): raw values by the stored percentiles, levels as they are."""
+    raw: dict[str, float | None] = {}
+    levels: dict[str, float] = {}
+    for name, value in scores.items():
+      if not isinstance(value, str):
+        raw[name] = value
+      elif value in LEVELS:
+        raw[name], levels[name] = None, LEVELS[value]
+      else:
         raise UsageError(f"--{name} {value!r} is neither a number nor one of {', '.join(LEVELS)}")
-      if value is not None:
-        values[number] = LEVELS[value] if isinstance(value, str) else self.percentiles.normalise(name, value)
-    return values, np.asarray([name in scores and scores[name] is not None for name in names])
+    u_M, known_M = self.percentiles.knobs(raw)
+    for name, level in levels.items():
+      number = self.percentiles.names.index(name)
+      u_M[number], known_M[number] = level, True
+    return u_M, known_M
 
   def _given(self, request: Request, size: tuple[int, int, int], fps: float) -> tuple[np.ndarray, np.ndarray]:
     """Known pixels (T, H, W, 3), padded by repetition, and which latent frames they fill (t,)."""
@@ -235,11 +238,11 @@ def write(videos: Sequence[np.ndarray], out: str | pathlib.Path, fps: float) -> 
   else:
     paths = [out.with_name(f"{out.stem}-{number:03d}{out.suffix}") for number in range(len(videos))]
   for path, frames in zip(paths, videos, strict=True):
-    encode.write_video(path, frames, fps=fps)
+    encode.write(path, frames, fps=fps)
   sheet = out.with_suffix(".png")
   same = len({frames.shape for frames in videos}) == 1
   rows = np.stack(videos) if same else np.stack([frames[-videos[-1].shape[0] :] for frames in videos])
-  grid.write_png(str(sheet), grid.contact_sheet(rows))
+  grid.write_png(sheet, grid.contact_sheet(rows))
   return [*paths, sheet]
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from kling_jax.models.text_encoder import ByteTextEncoder, TextEncoderConfig
+from kling_jax.models.text_encoder import ByteTextEncoder
 from kling_jax.models.video_dit import VideoDiT, VideoDiTConfig
 
 DROPS = ("text", "scores", "image")
@@ -45,7 +45,8 @@ class TextToVideo(nnx.Module):
     self,
     config: VideoDiTConfig,
     *,
-    text: TextEncoderConfig | None,
+    text_depth: int,
+    text_tokens: int,
     codec: nnx.Module | None = None,
     rngs: nnx.Rngs,
   ):
@@ -53,13 +54,14 @@ class TextToVideo(nnx.Module):
 
     Args:
       config: of the Video DiT; its `text_width` is the width of the text embeddings.
-      text: of the byte encoder; None = embeddings are given.
+      text_depth: layers of the byte encoder; 0 = none, embeddings are given.
+      text_tokens: longest text.
       codec: a codec with weights, kept in the same tree so that a checkpoint is complete; None for the wavelet.
       rngs: stream `params`.
     """
     self.dit = VideoDiT(config, rngs=rngs)
     self.null_text = nnx.Param(jnp.zeros((1, config.text_width)), axes=(None, "text"))
-    self.text = ByteTextEncoder(text, rngs=rngs) if text is not None else None
+    self.text = ByteTextEncoder(config.text_width, text_depth, text_tokens, rngs=rngs) if text_depth else None
     self.codec = codec
 
   def encode_text(self, batch: dict[str, Any], dtype: Any) -> tuple[jax.Array, jax.Array]:

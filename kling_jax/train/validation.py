@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from kling_jax.data import encode
+from kling_jax.data import encode, grid
 from kling_jax.errors import ConfigError
 from kling_jax.train import sharding
 from kling_jax.train.state import State, Update
@@ -42,4 +42,6 @@ class Table:
     batch = {name: value[:wanted] for name, value in self.rows[0].items()}
     frames = self.job.samples(update.averaged(state), batch, jax.random.key(self.job.config.seed))
     if frames is not None:
-      encode.write_grid(folder / "samples" / f"{step:08d}.mp4", frames, fps=self.job.config.data.fps)
+      path = folder / "samples" / f"{step:08d}.mp4"
+      encode.write(path, grid.grid(frames), fps=self.job.config.data.fps)
+      grid.write_png(path.with_suffix(".png"), grid.contact_sheet(frames))

@@ -22,7 +22,6 @@ from kling_jax.diffusion import sampler as sampler_lib
 from kling_jax.diffusion import time as time_lib
 from kling_jax.errors import ConfigError, nearest
 from kling_jax.models import flops, latents, video_dit
-from kling_jax.models.text_encoder import TextEncoderConfig
 from kling_jax.models.text_to_video import Conditions, TextToVideo
 from kling_jax.models.video_vae import VideoVAE
 from kling_jax.nn import params as params_lib
@@ -69,7 +68,8 @@ class VideoDiTTask(Task):
     c = self.config
     return TextToVideo(
       self.dit,
-      text=TextEncoderConfig(c.text.width, c.text.depth) if c.text.encoder == "bytes" else None,
+      text_depth=c.text.depth if c.text.encoder == "bytes" else 0,
+      text_tokens=c.text.tokens,
       codec=VideoVAE.preset(c.codec.preset, rngs=rngs) if c.codec.name == "vae" else None,
       rngs=rngs,
     )
