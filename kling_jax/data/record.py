@@ -9,6 +9,7 @@ import os
 import re
 import struct
 import typing
+from collections.abc import Iterable
 
 from kling_jax import errors
 from kling_jax.data.source import ClipInfo, Score
@@ -155,6 +156,14 @@ def clip_id(source_hash: str, start_pts: int, end_pts: int, time_base: str | fra
   tick = _time_base(str(time_base))
   text = json.dumps([source_hash, int(start_pts), int(end_pts), str(tick), recipe])
   return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def fingerprint(clip_ids: Iterable[str]) -> str:
+  """16 hex digits that tell the identity and order of clips."""
+  digest = hashlib.sha256()
+  for name in clip_ids:
+    digest.update(name.encode("utf-8", "surrogateescape") + b"\n")
+  return digest.hexdigest()[:16]
 
 
 def pack(record: ClipRecord, media: bytes) -> bytes:

@@ -1,0 +1,88 @@
+"""The integrity check of a clip set: every record parses, agrees with the table, and decodes as it says."""
+
+import collections
+import dataclasses
+import os
+import pathlib
+import typing
+
+from kling_jax import errors, progress
+from kling_jax.data import clip_table, probe, record
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+  """What `verify` found; `ok` means: every clip can be trusted."""
+
+  folder: str
+  clips: int
+  kept: int
+  shards: int
+  problems: tuple[str, ...]
+
+  @property
+  def ok(self) -> bool:
+    return not self.problems
+
+
+def verify(folder: str | os.PathLike[str], *, decode_media: bool = True) -> Report:
+  """Reads a whole set: every record parses, the table agrees with the records, every clip decodes as its header says.
+
+  Raises:
+    DataError: there is no set to look at. What is wrong inside one stands in the report.
+  """
+  index = clip_table.Index.load(folder)
+  rows = index.table.to_pylist()
+  counts = collections.Counter(row["clip_id"] for row in rows)
+  problems = [f"clip {name}: stands {n} times in the table" for name, n in counts.items() if n > 1]
+  listed = {shard.file: shard for shard in index.shards}
+  places: dict[str, list[dict[str, typing.Any]]] = {name: [] for name in listed}
+  for row in rows:
+    places.setdefault(row["shard"], []).append(row)
+  for name, found in progress.track(places.items(), "verify", len(places)):
+    problems += _verify_shard(index.folder / clip_table.RECORDS / name, listed.get(name), found, decode_media)
+  kept = sum(row["status"] == "kept" for row in rows)
+  return Report(str(index.folder), len(rows), kept, len(listed), tuple(problems))
+
+
+def _verify_shard(
+  path: pathlib.Path, listed: clip_table.Shard | None, rows: list[dict[str, typing.Any]], decode_media: bool
+) -> list[str]:
+  if listed is None:
+    return [f"{path.name}: {len(rows)} rows of the table point to it, but it is no shard of the set"]
+  try:
+    reader = clip_table.open_reader(path)
+  except errors.DataError as error:
+    return [str(error)]
+  problems = []
+  size, count = path.stat().st_size, reader.num_records()
+  if (count, size) != (listed.records, listed.bytes):
+    seen, promised = f"{count} records in {size} bytes", f"{listed.records} in {listed.bytes}"
+    problems.append(f"{path.name}: {seen}; the table promises {promised}")
+  orphans = set(range(count)) - {row["position"] for row in rows}
+  if orphans:
+    problems.append(f"{path.name}: {len(orphans)} records without a row, the first at position {min(orphans)}")
+  for row in rows:
+    where = f"{path.name} record {row['position']} (clip {row['clip_id']})"
+    try:
+      problems += [f"{where}: {why}" for why in _verify_clip(reader, path, row, decode_media)]
+    except errors.DataError as error:
+      problems.append(f"{where}: {error}")
+  return problems
+
+
+def _verify_clip(reader: typing.Any, path: pathlib.Path, row: dict[str, typing.Any], decode_media: bool) -> list[str]:
+  clip, media = record.unpack(clip_table.read_record(reader, path, row["position"]))
+  expected = clip_table.to_row(clip, row["shard"], row["position"])
+  problems = [
+    f"the table says {name} = {row[name]!r}, the record {expected[name]!r}"
+    for name in expected
+    if row[name] != expected[name]
+  ]
+  if decode_media:
+    info = probe.probe(media)
+    for name in ("num_frames", "width", "height"):
+      if getattr(info, name) != getattr(clip, name):
+        problems.append(f"the media has {name} = {getattr(info, name)}, the header says {getattr(clip, name)}")
+    problems += [f"the media is damaged: {why}" for why in info.damage]
+  return problems
