@@ -1,0 +1,210 @@
+"""The clips of a run: one or more sources, opened by name, mixed by weight and split into training and validation."""
+
+import dataclasses
+import functools
+import hashlib
+import importlib
+import logging
+import math
+import pathlib
+import urllib.parse
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import numpy as np
+
+from kling_jax.data.source import ClipInfo, ClipSource
+from kling_jax.errors import ConfigError, DataError, nearest
+
+log = logging.getLogger(__name__)
+
+SPLITS = ("train", "validation")
+TABLES = (".csv", ".parquet", ".jsonl")
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixture:
+  """Sources end to end: clip number n of the mixture is clip n - (clips of the sources before) of its source.
+
+  Attributes:
+    sources: the sources, in the order of the config.
+    weights: part of the rows drawn from each source, any sum; empty = by their numbers of clips.
+    folders: where each source keeps conditions.json and caches; None for those without a folder.
+  """
+
+  sources: tuple[ClipSource, ...]
+  weights: tuple[float, ...] = ()
+  folders: tuple[pathlib.Path | None, ...] = ()
+
+  def __post_init__(self) -> None:
+    if not self.sources:
+      raise ConfigError("data.sources is empty; name at least one folder, table, clip set or world")
+    if not self.folders:
+      object.__setattr__(self, "folders", (None,) * len(self.sources))
+    if self.weights and (len(self.weights) != len(self.sources) or min(self.weights) <= 0):
+      raise ConfigError(
+        f"data.weights has {len(self.weights)} values {tuple(self.weights)} for {len(self.sources)} sources; give one "
+        "above 0 for each source, or none (a source without weight is left out of data.sources)"
+      )
+
+  @staticmethod
+  def open(specs: Sequence[str], weights: Sequence[float] = ()) -> "Mixture":
+    """Opens sources by name (see `open_source`).
+
+    Raises:
+      ConfigError: an unknown kind of source, or weights that do not match.
+      DataError: a source that cannot be read.
+    """
+    opened = [open_source(spec) for spec in specs]
+    return Mixture(tuple(source for source, _ in opened), tuple(weights), tuple(folder for _, folder in opened))
+
+  @functools.cached_property
+  def starts(self) -> np.ndarray:
+    """Number of each source's first clip, and the number of all clips (int64, sources + 1)."""
+    return np.cumsum([0] + [len(source) for source in self.sources])
+
+  def __len__(self) -> int:
+    return int(self.starts[-1])
+
+  @property
+  def fingerprint(self) -> str:
+    """Hash of the sources' fingerprints, in order."""
+    return hashlib.sha256("/".join(source.fingerprint for source in self.sources).encode()).hexdigest()[:16]
+
+  def source_of(self, numbers: np.ndarray) -> np.ndarray:
+    """The source of each clip number."""
+    return np.searchsorted(self.starts, numbers, side="right") - 1
+
+  def find(self, number: int) -> tuple[int, int]:
+    """(source, clip in it) of clip `number`."""
+    source = int(self.source_of(np.asarray(number)))
+    return source, number - int(self.starts[source])
+
+  def info(self, number: int) -> ClipInfo:
+    source, index = self.find(number)
+    return self.sources[source].info(index)
+
+  def infos(self) -> Iterator[ClipInfo]:
+    """The headers of all clips, in order of their numbers."""
+    for source in self.sources:
+      for index in range(len(source)):
+        yield source.info(index)
+
+  def frames(self, number: int, times_s: np.ndarray, height: int, width: int) -> np.ndarray:
+    """See `ClipSource.frames`."""
+    source, index = self.find(number)
+    return self.sources[source].frames(index, times_s, height, width)
+
+  def __getstate__(self) -> dict:
+    return {key: value for key, value in self.__dict__.items() if key != "starts"}
+
+
+def held_out(videos: Iterable[str], fraction: float) -> frozenset[str]:
+  """The videos of the validation split: those whose hash, read as a number in [0, 1), lies below `fraction`.
+
+  A video keeps its side when others come or go, and its clips never straddle the two. In small sets where the rule
+  would give all or nothing, the videos of smallest or largest hash fill the empty side. Of a single video nothing is
+  held out, with a warning.
+
+  Raises:
+    ConfigError: `fraction` is not in [0, 1).
+  """
+  if not 0 <= fraction < 1:
+    raise ConfigError(f"validation_fraction is {fraction}; legal: 0 (nothing held out) up to below 1")
+  if fraction == 0:
+    return frozenset()
+  place = {video: _hash(video) for video in set(videos)}
+  if len(place) < 2:
+    log.warning("the set has one video: all of it is trained on, and there is no validation split")
+    return frozenset()
+  ordered = sorted(place, key=lambda video: place[video])
+  count = sum(value < fraction for value in place.values())
+  return frozenset(ordered[: min(max(count, 1), len(ordered) - 1)])
+
+
+def _hash(video: str) -> float:
+  digest = hashlib.blake2b(video.encode("utf-8", errors="surrogateescape"), digest_size=8).digest()
+  return int.from_bytes(digest, "big") / 2**64
+
+
+def video_of(info: ClipInfo) -> str:
+  """The video of a clip; a clip without one stands for itself."""
+  return info.video_id or info.clip_id
+
+
+def open_source(spec: str) -> tuple[ClipSource, pathlib.Path | None]:
+  """Opens a source by its name in a config.
+
+  Names:
+    worlds:shapes-v1?count=512&seed=0   a procedural world
+    tfds:DIR                            a TFDS data set folder (the version's folder)
+    FILE.csv, FILE.parquet, FILE.jsonl  a table of clips
+    DIR with *.array_record or records/ one of our clip sets
+    any other DIR                       a folder of videos
+
+  Returns:
+    The source, and the folder beside which its conditions.json and caches lie.
+
+  Raises:
+    ConfigError: the name is of no kind.
+    DataError: nothing is there, or it cannot be read.
+  """
+  kind, colon, rest = spec.partition(":")
+  if colon and kind in OPENERS:
+    return OPENERS[kind](rest)
+  if colon and "/" not in kind and not pathlib.Path(spec).exists():
+    raise ConfigError(f"data source {spec!r} has the unknown kind {kind!r}{nearest(kind, OPENERS)}")
+  path = pathlib.Path(spec).expanduser()
+  if path.is_file() and path.suffix.lower() in TABLES:
+    return _class("table", "TableSource")(path), path.parent
+  if path.is_dir():
+    if (path / "records").is_dir() or any(path.glob("*.array_record*")):
+      return _class("records", "RecordSource")(path), path
+    if (path / "features.json").exists():
+      return OPENERS["tfds"](spec)
+    return _class("folder", "FolderSource")(path), path
+  raise DataError(
+    f"data source {spec!r} is neither a folder nor a table ({', '.join(TABLES)}); name one that exists, or "
+    "worlds:shapes-v1?count=512&seed=0"
+  )
+
+
+def _class(module: str, name: str) -> Callable[..., ClipSource]:
+  """Sources are imported when one is opened: a world needs no PyArrow, a table no ArrayRecord."""
+  return getattr(importlib.import_module(f"kling_jax.data.{module}"), name)
+
+
+def _world(rest: str) -> tuple[ClipSource, None]:
+  name, _, query = rest.partition("?")
+  options = dict(urllib.parse.parse_qsl(query, strict_parsing=bool(query)) if query else [])
+  numbers = {}
+  for key, value in options.items():
+    if key not in ("count", "seed"):
+      raise ConfigError(f"data source worlds:{rest} has the unknown option {key!r}{nearest(key, ('count', 'seed'))}")
+    if not value.isdecimal():
+      raise ConfigError(f"data source worlds:{rest}: {key} is {value!r}; give a whole number")
+    numbers[key] = int(value)
+  return _class("worlds", "WorldSource")(name, **numbers), None
+
+
+def _tfds(rest: str) -> tuple[ClipSource, pathlib.Path]:
+  return _class("tfds_clips", "TfdsSource")(rest), pathlib.Path(rest)
+
+
+OPENERS: dict[str, Callable[[str], tuple[ClipSource, pathlib.Path | None]]] = {"worlds": _world, "tfds": _tfds}
+
+
+def rates(clips: Sequence[int], sources: Sequence[int], weights: Sequence[float]) -> list[float]:
+  """Rows drawn from each (bucket's part of a) source, relative to the others.
+
+  Args:
+    clips: clips of each source within the bucket.
+    sources: clips of each source in all buckets.
+    weights: as in `Mixture`; empty = by clips.
+  """
+  if not weights:
+    return [float(count) for count in clips]
+  total = math.fsum(weights)
+  return [
+    weight / total * (count / whole if whole else 0.0)
+    for count, whole, weight in zip(clips, sources, weights, strict=True)
+  ]

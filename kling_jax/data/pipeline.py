@@ -1,0 +1,424 @@
+"""Batches as a pure function of (sources, seed, step): random access, so that resuming needs the step alone.
+
+    step --Schedule--> (bucket, k) --> rows k * B .. (k + 1) * B of the bucket's endless stream of clips
+    stream of a bucket: each source's clips in an order reshuffled every epoch (Grain), sources mixed by weight
+    row --> clip, start of its frames, flip: from the seed and the row's place in the stream
+
+A process builds the rows [p B / P, (p + 1) B / P) of each global batch; concatenated over the processes they are the
+same bytes for every number of processes, threads and workers.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import heapq
+import logging
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+from absl import flags
+
+from kling_jax.data import buckets as buckets_lib
+from kling_jax.data import mixture as mixture_lib
+from kling_jax.data.buckets import Bucket
+from kling_jax.data.cache import LatentCache, TextCache, pad_text, text_variant
+from kling_jax.data.conditions import Percentiles
+from kling_jax.data.mixture import Mixture
+from kling_jax.data.source import ClipInfo
+from kling_jax.errors import ConfigError, DataError, KlingError, nearest
+
+log = logging.getLogger(__name__)
+
+Batch = dict[str, np.ndarray]
+Tokenizer = Callable[[list[str]], tuple[np.ndarray, np.ndarray]]
+
+FAILURES_IN_A_ROW = 8  # clips of a bucket that follow each other, before a row gives up
+FAILURES_ALLOWED = 0.01  # of the clips of a split, before a run gives up; at least FAILURES_IN_A_ROW clips
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """Where one row of a batch comes from: a clip of the mixture and the frames that it shows."""
+
+  clip: int
+  start_s: float
+  flip: bool
+
+
+class Batches:
+  """The batches of one split of a mixture, as this process sees them; picklable.
+
+  Keys of a batch, B = rows of this process:
+    frames uint8 (B, T, H, W, 3), or latents (B, t, h, w, c) from caches;
+    tokens int32 (B, L) and tokens_mask bool (B, L), or text (B, L, D) and text_mask bool (B, L) from caches;
+    scores float32 (B, M) in [0, 1000] and scores_known bool (B, M); fps float32 (B,);
+    index uint32 (B,): row in the global batch (in the table for `fixed_rows`).
+
+  Attributes:
+    report: what became of every clip of the mixture (both splits).
+    buckets, sizes: the buckets that have clips, and the global batch size of each.
+    failed: {clip id: message} of clips that could not be decoded, seen by this process so far.
+  """
+
+  def __init__(
+    self,
+    sources: Mixture,
+    *,
+    buckets: Sequence[Bucket | tuple[int, int, int]],
+    fps: float | None = None,
+    batch: int | None = None,
+    token_budget: int | None = None,
+    tokens_of: Callable[[Bucket], int] | None = None,
+    weigh: str = "clips",
+    seed: int = 0,
+    split: str = "train",
+    validation_fraction: float = 0.0,
+    limits: buckets_lib.Limits = buckets_lib.Limits(),
+    flip: bool = False,
+    tokenizer: Tokenizer | None = None,
+    percentiles: Percentiles = Percentiles(()),
+    latents: Sequence[LatentCache] = (),
+    texts: Sequence[TextCache] = (),
+    text_length: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+    multiple_of: int = 1,
+  ):
+    """Sorts the clips into buckets and plans the run; decodes nothing.
+
+    Args:
+      sources: the clips.
+      buckets: `Bucket`s, or (frames, height, width) that all have `fps`.
+      fps: frames a second of buckets given as triples.
+      batch: clips a global batch; or None, and then
+      token_budget: most tokens a global batch, counted by
+      tokens_of: the tokens of one clip of a bucket (its pixels where None).
+      weigh: "clips" shows every clip equally often; "tokens" in proportion to its bucket's tokens.
+      seed: of order, mixture, starts and flips.
+      split: "train" or "validation".
+      validation_fraction: part of the videos that is held out (`mixture.held_out`).
+      limits: what a clip may suffer to fit a bucket.
+      flip: mirror half of the rows; off where captions name left and right.
+      tokenizer: captions -> tokens, mask. Not used where `texts` is given.
+      percentiles: the conditions, in the model's order.
+      latents: one cache a source; replaces decoding.
+      texts: one cache a source; replaces the tokenizer. `text_length` is the row length L.
+      process_index, process_count: this process, and how many share a global batch.
+      multiple_of: what the mesh and the accumulation divide a global batch by.
+
+    Raises:
+      ConfigError: sizes that do not divide, unknown names.
+      DataError: nothing is left to train on, or a cache lacks clips.
+    """
+    _check_choice("split", split, mixture_lib.SPLITS)
+    _check_choice("weigh", weigh, ("clips", "tokens"))
+    for name, caches in (("latents", latents), ("texts", texts)):
+      if caches and len(caches) != len(sources.sources):
+        raise ConfigError(f"{len(caches)} caches of {name} for {len(sources.sources)} sources; give one a source")
+    if flip and latents:
+      raise ConfigError("flip mirrors frames, not cached latents; turn one of the two off")
+    if not 0 <= process_index < process_count:
+      raise ConfigError(f"process_index {process_index} is not one of {process_count} processes")
+    self.sources, self.seed, self.split, self.flip = sources, seed, split, flip
+    self.tokenizer, self.percentiles = tokenizer, percentiles
+    self.latents, self.texts, self.text_length = tuple(latents), tuple(texts), text_length
+    self.process_index, self.process_count = process_index, process_count
+    self.failed: dict[str, str] = {}
+
+    asked = tuple(_bucket(bucket, fps) for bucket in buckets)
+    videos: list[str] = []
+    members, self.report = buckets_lib.assign(self._checked(videos), asked, limits)
+    if self.report.dropped or not all(self.report.clips):
+      log.warning("clips were dropped, or buckets stay empty\n%s", self.report)
+    members = self._of_split(members, videos, validation_fraction)
+    held = [b for b, clips in enumerate(members) if len(clips)]
+    self.buckets = tuple(asked[b] for b in held)
+    self.clips = tuple(members[b] for b in held)
+    self.multiple_of = int(np.lcm(multiple_of, process_count))
+    costs = [tokens_of(bucket) if tokens_of else bucket.pixels for bucket in self.buckets]
+    self.sizes = buckets_lib.batch_sizes(
+      self.buckets, batch=batch, token_budget=token_budget, tokens=costs, multiple_of=self.multiple_of
+    )
+    self._check_caches()
+    self._plan(costs if weigh == "tokens" else [1] * len(costs))
+
+  def _checked(self, videos: list[str]) -> Iterator[ClipInfo]:
+    """The headers of all clips in one pass; notes their videos and refuses scores of other scorers before the run."""
+    for info in self.sources.infos():
+      self.percentiles.of_clip(info.scores, f"clip {info.clip_id}")
+      videos.append(mixture_lib.video_of(info))
+      yield info
+
+  def _of_split(self, members: Sequence[np.ndarray], videos: Sequence[str], fraction: float) -> tuple[np.ndarray, ...]:
+    held_out = mixture_lib.held_out({videos[clip] for clips in members for clip in clips}, fraction)
+    wanted = self.split == "validation"
+    return tuple(np.asarray([c for c in clips if (videos[c] in held_out) == wanted], np.int64) for clips in members)
+
+  def _check_caches(self) -> None:
+    """Asks the caches for every clip before the run, not at step 5,000."""
+    for kind, caches in (("latents", self.latents), ("text", self.texts)):
+      for source, cache in enumerate(caches):
+        wanted = []
+        for bucket, clips in zip(self.buckets, self.clips, strict=True):
+          for info in map(self.sources.info, clips[self.sources.source_of(clips) == source].tolist()):
+            wanted.append((info.clip_id, bucket.name if kind == "latents" else text_variant(info.caption)))
+        missing = cache.missing(wanted)
+        if missing:
+          raise DataError(
+            f"{cache.folder} lacks the {kind} of {len(missing)} of {len(wanted)} clips, first {missing[0]!r}; run "
+            "`kling encode` for this set with the encoder and the buckets of the config"
+          )
+
+  def _plan(self, costs: Sequence[int]) -> None:
+    """The schedule of steps over buckets, and in each bucket of rows over sources."""
+    found = [self.sources.source_of(clips) for clips in self.clips]
+    counts = [np.bincount(sources, minlength=len(self.sources.sources)).tolist() for sources in found]
+    whole = [sum(column) for column in zip(*counts, strict=True)]
+    self.rates = [mixture_lib.rates(count, whole, self.sources.weights) for count in counts]
+    self._mixed = [bool(self.sources.weights) and sum(map(bool, count)) > 1 for count in counts]
+    weights = [sum(rate) * cost / size for rate, cost, size in zip(self.rates, costs, self.sizes, strict=True)]
+    self.schedule = buckets_lib.Schedule(weights, self.seed) if weights else None
+
+  def __getstate__(self) -> dict[str, Any]:
+    return {key: value for key, value in self.__dict__.items() if key != "_streams"}
+
+  # ---- which clip stands where -------------------------------------------------------------------------------------
+
+  @functools.cached_property
+  def _streams(self) -> tuple[grain.MapDataset, ...]:
+    """For each bucket the endless sequence of clip numbers; cheap to rebuild, so not pickled."""
+    return tuple(self._stream(b) for b in range(len(self.buckets)))
+
+  def _stream(self, b: int) -> grain.MapDataset:
+    def shuffled(clips: np.ndarray, part: str) -> grain.MapDataset:
+      # Grain adds the epoch to the seed, so that seeds of different streams must lie far apart.
+      return grain.MapDataset.source(clips).seed(_seed(f"{self._tag(b)}/{part}")).shuffle().repeat(None)
+
+    clips = self.clips[b]
+    if not self._mixed[b]:
+      return shuffled(clips, "all")
+    source_of = self.sources.source_of(clips)
+    parts = [s for s, rate in enumerate(self.rates[b]) if rate > 0]
+    return grain.MapDataset.mix(
+      [shuffled(clips[source_of == s], self.sources.sources[s].fingerprint) for s in parts],
+      [self.rates[b][s] for s in parts],
+    )
+
+  def _tag(self, b: int) -> str:
+    return f"{self.seed}/{self.buckets[b].name}"
+
+  def at(self, step: int) -> tuple[int, range]:
+    """The bucket of `step`, and the places in its stream that this process builds.
+
+    Raises:
+      DataError: the split holds no clips.
+    """
+    if self.schedule is None:
+      raise DataError(f"the {self.split} split holds no clips; raise data.validation_fraction, or add videos")
+    b, k = self.schedule.at(step)
+    return b, self._slice(k * self.sizes[b], self.sizes[b])
+
+  def _slice(self, start: int, size: int) -> range:
+    rows = size // self.process_count
+    return range(start + self.process_index * rows, start + (self.process_index + 1) * rows)
+
+  def _row(self, b: int, place: int) -> Row:
+    """The row at `place` of bucket b's stream; two draws place it in its clip."""
+    late, side = buckets_lib.draws(f"{self._tag(b)}/row", place, 2)
+    clip = int(self._streams[b][place])
+    slack_s = max(buckets_lib.slack_s(self.sources.info(clip), self.buckets[b]), 0.0)
+    return Row(clip, slack_s * (int(late) / 2**64), self.flip and bool(int(side) >> 63))
+
+  # ---- building ----------------------------------------------------------------------------------------------------
+
+  def __getitem__(self, step: int) -> Batch:
+    """This process's rows of the global batch of `step`.
+
+    Raises:
+      DataError: too many clips cannot be decoded; single ones are replaced, counted and logged.
+    """
+    batch, failures = self._build(step)
+    self._note(failures, step)
+    return batch
+
+  def _build(self, step: int) -> tuple[Batch, list[tuple[str, str]]]:
+    """The batch of `step`, and (clip id, message) of each clip that was replaced in it."""
+    b, places = self.at(step)
+    size = self.sizes[b]
+    return self._stack(b, [self._row(b, place) for place in places], [place % size for place in places])
+
+  def _stack(self, b: int, rows: Sequence[Row], index: Sequence[int]) -> tuple[Batch, list[tuple[str, str]]]:
+    failures: list[tuple[str, str]] = []
+    pictures, infos, owners = [], [], []
+    for row in rows:
+      clip, picture = self._picture(b, row, failures)
+      pictures.append(picture)
+      infos.append(self.sources.info(clip))
+      owners.append(self.sources.find(clip)[0])
+    batch = {"latents" if self.latents else "frames": np.stack(pictures)}
+    captions = [info.caption for info in infos]
+    if self.texts:
+      embedded = [
+        self.texts[s].get(info.clip_id, info.caption) for s, info in zip(owners, infos, strict=True)
+      ]  # fmt: skip
+      batch["text"], batch["text_mask"] = pad_text(embedded, self.text_length)
+    elif self.tokenizer is not None:
+      batch["tokens"], batch["tokens_mask"] = self.tokenizer(captions)
+    told = [self.percentiles.of_clip(info.scores, f"clip {info.clip_id}") for info in infos]
+    batch["scores"] = np.stack([u_M for u_M, _ in told])
+    batch["scores_known"] = np.stack([known_M for _, known_M in told])
+    batch["fps"] = np.full(len(rows), self.buckets[b].fps, np.float32)
+    batch["index"] = np.asarray(index, np.uint32)
+    return batch, failures
+
+  def _picture(self, b: int, row: Row, failures: list[tuple[str, str]]) -> tuple[int, np.ndarray]:
+    """(clip, its frames or latents); a clip that cannot be decoded gives its row to the next one of the bucket.
+
+    The choice depends on the files alone, never on what this run saw before, so every run and process agrees.
+    """
+    bucket, clips = self.buckets[b], self.clips[b]
+    if self.latents:
+      cache = self.latents[self.sources.find(row.clip)[0]]
+      return row.clip, cache.get(self.sources.info(row.clip).clip_id, bucket.name)
+    first = int(np.searchsorted(clips, row.clip))
+    tries = min(FAILURES_IN_A_ROW, len(clips))
+    last: DataError | None = None
+    for clip in (int(clips[(first + ahead) % len(clips)]) for ahead in range(tries)):
+      slack_s = max(buckets_lib.slack_s(self.sources.info(clip), bucket), 0.0)
+      times_s = min(row.start_s, slack_s) + np.arange(bucket.frames) / bucket.fps
+      try:
+        frames_THWC = self.sources.frames(clip, times_s, bucket.height, bucket.width)
+      except DataError as error:
+        failures.append((self.sources.info(clip).clip_id, str(error)))
+        last = error
+        continue
+      return clip, frames_THWC[:, :, ::-1] if row.flip else frames_THWC
+    raise DataError(
+      f"{tries} clips of bucket {bucket.name} that follow each other cannot be decoded, the last one: {last}; "
+      "check the set with `kling data verify`"
+    )
+
+  def _note(self, failures: Sequence[tuple[str, str]], step: int) -> None:
+    """Counts and logs replaced clips; raises where they are too many to be an accident."""
+    for clip_id, message in failures:
+      if clip_id not in self.failed:
+        self.failed[clip_id] = message
+        log.warning("step %d: clip %s cannot be decoded and is replaced by the next: %s", step, clip_id, message)
+    total = sum(len(clips) for clips in self.clips)
+    allowed = max(FAILURES_IN_A_ROW, int(FAILURES_ALLOWED * total))
+    if len(self.failed) > allowed:
+      clip_id, message = next(iter(self.failed.items()))
+      raise DataError(
+        f"{len(self.failed)} of {total} clips cannot be decoded, more than the {allowed} that are replaced; first "
+        f"{clip_id}: {message}; check the set with `kling data verify`"
+      )
+
+  # ---- streaming ---------------------------------------------------------------------------------------------------
+
+  def iterate(
+    self, start_step: int, *, threads: int = 4, workers: int = 0, stop: int | None = None
+  ) -> Iterator[tuple[int, Batch]]:
+    """Yields (step, batch) from `start_step` up to before `stop`, built ahead while the caller computes.
+
+    Args:
+      start_step: the first step; nothing before it is read.
+      threads: batches built at a time, in each worker where there are workers; 0 builds them when asked.
+      workers: processes beside this one. PyAV, OpenCV and NumPy let threads run side by side, so that workers pay only
+        where Python itself is the limit. Scripts that use them need the `if __name__ == "__main__"` guard.
+      stop: the step to end before; None never ends.
+
+    Close the generator (or exhaust it) to end threads and workers.
+    """
+    steps = grain.MapDataset.source(_Steps(self, sys.maxsize if stop is None else stop))
+    ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + bool(threads))
+    stream = steps[start_step:].to_iter_dataset(ahead)
+    if workers:
+      if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # Grain hands absl's flags to its workers and refuses unparsed ones
+      stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2))
+    if stop is not None and start_step >= stop:
+      return
+    with contextlib.closing(iter(stream)) as built:
+      for step, (batch, failures, error) in enumerate(built, start_step):
+        if error is not None:
+          raise error
+        self._note(failures, step)
+        yield step, {name: _plain(array) for name, array in batch.items()}
+
+  # ---- the fixed table ---------------------------------------------------------------------------------------------
+
+  def fixed_rows(self, count: int) -> list[Batch]:
+    """A table of at least `count` rows that never changes: clips in the order of their ids' hashes, centred in time.
+
+    Buckets share the rows by their clips. A bucket's rows go round its clips, so that few clips fill many rows (whose
+    times and noises differ by `index`, the row's number in the whole table). Batches have the bucket's size, or less
+    where the table is smaller: what `count` needs, rounded up to what the mesh divides.
+
+    Returns:
+      This process's part of each batch; [] where the split holds no clips.
+    """
+    table: list[Batch] = []
+    number = 0
+    total = sum(len(clips) for clips in self.clips)
+    for b, (bucket, clips) in enumerate(zip(self.buckets, self.clips, strict=True)):
+      wanted = -(-count * len(clips) // total)
+      size = min(self.sizes[b], -(-wanted // self.multiple_of) * self.multiple_of)
+      wanted = -(-wanted // size) * size
+      chosen = heapq.nsmallest(wanted, clips.tolist(), key=self._hash_of)
+      slack_s = [max(buckets_lib.slack_s(self.sources.info(clip), bucket), 0.0) for clip in chosen]
+      rows = [Row(clip, slack / 2, False) for clip, slack in zip(chosen, slack_s, strict=True)]
+      for start in range(0, wanted, size):
+        places = self._slice(start, size)
+        batch, failures = self._stack(b, [rows[p % len(rows)] for p in places], [number + p for p in places])
+        self._note(failures, 0)
+        table.append(batch)
+      number += wanted
+    return table
+
+  def _hash_of(self, clip: int) -> bytes:
+    return hashlib.blake2b(self.sources.info(clip).clip_id.encode(), digest_size=16).digest()
+
+
+class _Steps:
+  """What Grain indexes: one element a step. Errors travel as values: one that cannot be pickled would hang a worker."""
+
+  def __init__(self, batches: Batches, stop: int):
+    self._batches, self._stop = batches, stop
+
+  def __len__(self) -> int:
+    return self._stop
+
+  def __getitem__(self, step: Any) -> tuple[Batch | None, list[tuple[str, str]], Exception | None]:
+    try:
+      return (*self._batches._build(int(step)), None)
+    except KlingError as error:
+      return None, [], error
+    except Exception as error:  # noqa: BLE001  raised again in the caller's process, with its traceback
+      return None, [], RuntimeError(f"building the batch of step {step} failed: {error!r}\n{traceback.format_exc()}")
+
+
+def _plain(array: np.ndarray) -> np.ndarray:
+  """A worker's array lives in shared memory that ends with it: give the caller one of its own."""
+  return array if type(array) is np.ndarray else np.array(array)
+
+
+def _bucket(bucket: Bucket | Sequence[int], fps: float | None) -> Bucket:
+  if isinstance(bucket, Bucket):
+    return bucket
+  if len(bucket) != 3 or fps is None:
+    raise ConfigError(f"bucket {tuple(bucket)} must be (frames, height, width), with data.fps beside it")
+  return Bucket(int(bucket[0]), int(bucket[1]), int(bucket[2]), float(fps))
+
+
+def _seed(text: str) -> int:
+  return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "little")
+
+
+def _check_choice(name: str, value: str, legal: Sequence[str]) -> None:
+  if value not in legal:
+    raise ConfigError(f"{name} is {value!r}{nearest(value, legal)}")
