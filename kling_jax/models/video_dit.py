@@ -279,7 +279,9 @@ class VideoDiT(nnx.Module):
     )
     x_BND = constrain(self.patch(x_BTHWC), ("batch", "tokens", "embed"))
     x_BND, new = self._run_blocks(x_BND, given, cache, scan)
-    y_BTHWC = unpatchify(self.head(x_BND, e_BTD), self.config.patch, grid)[:, context_frames:]
+    if context_frames:
+      x_BND, e_BTD = x_BND[:, context_frames * frame_tokens :], e_BTD[:, context_frames:]
+    y_BTHWC = unpatchify(self.head(x_BND, e_BTD), self.config.patch, (frames, *grid[1:]))
     if cache is None:
       return y_BTHWC
     fits = held + x_BND.shape[1] <= cache.k_SBLKE.shape[2]
