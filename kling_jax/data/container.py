@@ -60,7 +60,14 @@ class Video:
     damage: what was wrong so far, in words: empty for a sound file.
   """
 
-  def __init__(self, source: str, container: av.container.InputContainer, limits: Limits, deadline: float | None):
+  def __init__(
+    self,
+    source: str,
+    container: av.container.InputContainer,
+    limits: Limits,
+    deadline: float | None,
+    stills: bool = False,
+  ):
     self.source, self.container, self.limits = source, container, limits
     self.damage: list[str] = []
     self._deadline = deadline
@@ -68,7 +75,7 @@ class Video:
     if not streams:
       kinds = ", ".join(sorted({str(s.type) for s in container.streams})) or "nothing"
       raise reasons.MediaError(source, "no_video_stream", f"the {container.format.name} file holds {kinds}")
-    if container.format.name.endswith("_pipe"):
+    if container.format.name.endswith("_pipe") and not stills:
       kind = container.format.name.removesuffix("_pipe")
       raise reasons.MediaError(source, "no_video_stream", f"a still picture ({kind})")
     self.stream = streams[0]
@@ -195,10 +202,13 @@ class Video:
       raise reasons.MediaError(self.source, "out_of_memory", detail)
 
 
-def open_video(source: str | os.PathLike[str] | bytes, limits: Limits = DEFAULT_LIMITS) -> Video:
+def open_video(
+  source: str | os.PathLike[str] | bytes, limits: Limits = DEFAULT_LIMITS, *, stills: bool = False
+) -> Video:
   """Opens a video by its content (not by its suffix), from a local file or from bytes in memory.
 
-  Names are never read as addresses or patterns, and only formats that stay within the one file are opened.
+  Names are never read as addresses or patterns, and only formats that stay within the one file are opened. A still
+  picture is refused unless `stills`.
 
   Raises:
     MediaError: with the reason why it cannot be used.
@@ -237,7 +247,7 @@ def open_video(source: str | os.PathLike[str] | bytes, limits: Limits = DEFAULT_
     raise reasons.MediaError(name, "unreadable", f"no video container ({_words(error)})") from error
   with contextlib.ExitStack() as on_error:
     on_error.callback(container.close)
-    video = Video(name, container, limits, deadline)
+    video = Video(name, container, limits, deadline, stills)
     on_error.pop_all()
   return video
 

@@ -5,6 +5,7 @@ one, whatever the frame rate. Start times need not be 0 (MPEG-TS); `start_s=None
 """
 
 import os
+import pathlib
 import typing
 from collections.abc import Iterator
 
@@ -15,7 +16,7 @@ from kling_jax.data import picture, reasons
 from kling_jax.data.container import DEFAULT_LIMITS, Limits, Video, open_video
 from kling_jax.data.probe import VideoInfo, probe
 
-__all__ = ["DEFAULT_LIMITS", "Limits", "Video", "VideoInfo", "frames_at", "iterate", "open_video", "probe"]
+__all__ = ["DEFAULT_LIMITS", "Limits", "Video", "VideoInfo", "frames_at", "image", "iterate", "open_video", "probe"]
 
 Media = str | os.PathLike[str] | bytes
 
@@ -114,6 +115,33 @@ def frames_at(
         frames_THWC[k] = picture.cover(shown, height, width)
       done = shown
   return frames_THWC
+
+
+def image(
+  path: str | os.PathLike[str], size: tuple[int, int] | None = None, limits: Limits = DEFAULT_LIMITS
+) -> np.ndarray:
+  """Reads a still picture (PNG, JPEG, WebP, BMP, TIFF, GIF), or a video's first frame, as upright uint8 RGB (H, W, 3).
+
+  Args:
+    path: a local file.
+    size: (height, width) to cover and crop to; None keeps the picture's own.
+    limits: time, size and threads.
+
+  Raises:
+    MediaError: it is no picture.
+  """
+  try:
+    data = pathlib.Path(path).read_bytes()
+  except OSError as error:
+    raise reasons.MediaError(os.fspath(path), "unreadable", error.strerror or str(error)) from error
+  try:
+    with open_video(data, limits, stills=True) as video:
+      frame = next((frame for _, frame in video.frames()), None)
+      if frame is None:
+        raise _nothing(video)
+      return picture.cover(frame, *(size or picture.upright_size(frame)))
+  except reasons.MediaError as error:
+    raise reasons.MediaError(os.fspath(path), error.reason, error.detail) from error
 
 
 def _ticks(times_s: np.ndarray, video: Video) -> np.ndarray:

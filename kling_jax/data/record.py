@@ -198,6 +198,21 @@ def header_json(record: ClipRecord) -> bytes:
     raise errors.DataError(f"clip {record.clip_id}: the header cannot be written as JSON: {error}") from error
 
 
+def parse_header(header: bytes) -> ClipRecord:
+  """A record from its JSON header as `header_json` writes it.
+
+  Raises:
+    DataError: no JSON object, or fields that are missing, unknown or of another type.
+  """
+  try:
+    values = json.loads(header.decode("utf-8"), parse_constant=_refuse_constant, object_pairs_hook=_unique)
+  except (ValueError, RecursionError) as error:  # also UnicodeDecodeError and JSONDecodeError
+    raise errors.DataError(f"clip record: the header is no JSON ({error})") from error
+  if not isinstance(values, dict):
+    raise errors.DataError(f"clip record: the header is a JSON {type(values).__name__}, not an object")
+  return from_dict(values)
+
+
 def from_dict(values: dict[str, typing.Any]) -> ClipRecord:
   """A record from the plain values of a JSON header; every field is checked for its type.
 
@@ -228,14 +243,7 @@ def _header(data: bytes) -> tuple[ClipRecord, int]:
     raise errors.DataError(f"clip record: starts with {magic!r}, not {MAGIC!r}; no set of this project")
   if length > min(len(data) - _PREFIX.size, _LONGEST_HEADER):
     raise errors.DataError(f"clip record: the header claims {length} bytes of {len(data) - _PREFIX.size}; it is cut")
-  try:
-    text = bytes(data[_PREFIX.size : _PREFIX.size + length]).decode("utf-8")
-    values = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique)
-  except (ValueError, RecursionError) as error:  # also UnicodeDecodeError and JSONDecodeError
-    raise errors.DataError(f"clip record: the header is no JSON ({error})") from error
-  if not isinstance(values, dict):
-    raise errors.DataError(f"clip record: the header is a JSON {type(values).__name__}, not an object")
-  return from_dict(values), _PREFIX.size + length
+  return parse_header(bytes(data[_PREFIX.size : _PREFIX.size + length])), _PREFIX.size + length
 
 
 def _refuse_constant(name: str) -> typing.NoReturn:

@@ -24,6 +24,14 @@ class Report:
   def ok(self) -> bool:
     return not self.problems
 
+  def to_json(self) -> dict[str, typing.Any]:
+    return {"ok": self.ok} | dataclasses.asdict(self)
+
+  def text(self) -> str:
+    """For people: one line, or one line a problem."""
+    head = f"{self.folder}: {self.clips} clips ({self.kept} kept) in {self.shards} shards: "
+    return head + "whole" if self.ok else "\n  ".join([f"{head}{len(self.problems)} problems", *self.problems])
+
 
 def verify(folder: str | os.PathLike[str], *, decode_media: bool = True) -> Report:
   """Reads a whole set: every record parses, the table agrees with the records, every clip decodes as its header says.

@@ -1,0 +1,218 @@
+"""A folder of videos as a clip source: each file is one clip, broken ones are quarantined, captions lie beside them."""
+
+import concurrent.futures
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import typing
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from kling_jax import errors, progress
+from kling_jax.data import decode, quarantine, record
+from kling_jax.data.columns import read_table
+from kling_jax.data.source import ClipInfo
+
+SUFFIXES = (
+  *(".3g2", ".3gp", ".asf", ".avi", ".f4v", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg"),
+  *(".mts", ".mxf", ".nut", ".ogv", ".ts", ".vob", ".webm", ".wmv", ".y4m"),
+  *(".264", ".265", ".apng", ".h264", ".hevc", ".ivf", ".obu"),
+)
+CAPTION_TABLES = ("captions.csv", "captions.jsonl")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Clip:
+  path: str
+  info: ClipInfo
+
+
+class FolderSource:
+  """The videos below a folder, sorted by relative path; implements ClipSource.
+
+  Every file is walked once when the source is made (headers, packets, one frame), so that broken files are known
+  before training starts. Files and folders whose names start with a dot are skipped, links to folders not followed.
+
+  Captions, first found first taken: `name.txt`; `name.json` with a key "caption" (or Koala's six fields, joined);
+  `captions.csv` or `captions.jsonl` in the top folder, with columns `file` (relative path) and `caption`. A video
+  without any has an empty caption.
+
+  Args:
+    folder: the top folder.
+    quarantine_path: a quarantine.jsonl that each refused file is appended to.
+    min_frames, min_side: smaller videos are refused.
+    limits: what one file may cost.
+
+  Attributes:
+    refused: verdicts of the files that were left out.
+
+  Raises:
+    DataError: no folder, no video in it, or none that can be used; a caption file that is none.
+  """
+
+  def __init__(
+    self,
+    folder: str | os.PathLike[str],
+    quarantine: str | os.PathLike[str] | None = None,
+    *,
+    min_frames: int = 1,
+    min_side: int = 1,
+    limits: decode.Limits = decode.DEFAULT_LIMITS,
+  ):
+    top = pathlib.Path(folder)
+    paths = find_videos(top)
+    verdicts = admit(paths, quarantine, min_frames=min_frames, min_side=min_side, limits=limits)
+    self.refused = tuple(v for v in verdicts.values() if v.outcome == "quarantine")
+    captions = _Captions(top)
+    self._clips: list[_Clip] = []
+    for path, verdict in verdicts.items():
+      if verdict.outcome != "quarantine" and verdict.info is not None:
+        name = os.path.relpath(path, top).replace(os.sep, "/")
+        self._clips.append(_Clip(path, whole_file(path, verdict.info, name, captions.of(path, name))))
+    if not self._clips:
+      raise errors.DataError(none_left(f"folder {os.fspath(folder)!r}", self.refused))
+    self._fingerprint = record.fingerprint(clip.info.clip_id for clip in self._clips)
+
+  @property
+  def fingerprint(self) -> str:
+    return self._fingerprint
+
+  def __len__(self) -> int:
+    return len(self._clips)
+
+  def path(self, index: int) -> str:
+    """The file of clip `index`."""
+    return self._clips[index].path
+
+  def info(self, index: int) -> ClipInfo:
+    return self._clips[index].info
+
+  def frames(self, index: int, times_s: np.ndarray, height: int, width: int) -> np.ndarray:
+    return decode.frames_at(self._clips[index].path, times_s, height, width)
+
+
+def find_videos(top: str | os.PathLike[str]) -> list[str]:
+  """Paths below `top` that end like videos, sorted by relative path.
+
+  Raises:
+    DataError: `top` is no folder that can be read, or holds no such file.
+  """
+  top = os.fspath(top)
+  if not os.path.isdir(top):
+    raise errors.DataError(f"{top!r} is no folder; name one that holds video files")
+  found = []
+  for folder, subfolders, names in os.walk(top, onerror=_raise):
+    subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+    found += [os.path.join(folder, n) for n in names if not n.startswith(".") and _suffix(n) in SUFFIXES]
+  if not found:
+    raise errors.DataError(f"folder {top!r} holds no video file; known suffixes: {' '.join(SUFFIXES)}")
+  return sorted(found, key=lambda path: os.path.relpath(path, top).split(os.sep))
+
+
+def admit(
+  paths: Iterable[str],
+  log: str | os.PathLike[str] | None,
+  *,
+  min_frames: int = 1,
+  min_side: int = 1,
+  limits: decode.Limits = decode.DEFAULT_LIMITS,
+) -> dict[str, quarantine.Verdict]:
+  """Classifies files (several at once, one thread each) and writes the refused ones into a quarantine.jsonl.
+
+  Returns:
+    path -> verdict, in the order of `paths`.
+  """
+  paths = list(paths)
+  book = quarantine.Log(log) if log is not None else None
+  judge = functools.partial(quarantine.classify, min_frames=min_frames, min_side=min_side, decode=False, limits=limits)
+  verdicts: dict[str, quarantine.Verdict] = {}
+  with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+    for path, verdict in progress.track(zip(paths, pool.map(judge, paths), strict=True), "look at videos", len(paths)):
+      verdicts[path] = verdict
+      if verdict.reason is not None and book is not None:
+        book.add(path, verdict.reason, verdict.detail)
+  return verdicts
+
+
+def whole_file(path: str, info: decode.VideoInfo, name: str, caption: str) -> ClipInfo:
+  """The clip that a file as a whole is."""
+  identity = record.clip_id(record.content_hash(path), info.start_pts, info.end_pts, info.time_base, "file")
+  return ClipInfo(
+    clip_id=identity,
+    caption=caption,
+    duration_s=info.duration_s,
+    fps=info.fps,
+    num_frames=info.num_frames,
+    width=info.width,
+    height=info.height,
+    video_id=name,
+  )
+
+
+def none_left(where: str, refused: Sequence[quarantine.Verdict]) -> str:
+  """The error of a source whose files were all refused: how many for which reason, and one of them."""
+  counts: dict[str, int] = {}
+  for verdict in refused:
+    counts[str(verdict.reason)] = counts.get(str(verdict.reason), 0) + 1
+  listed = ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()))
+  first = f"; the first: {refused[0].source!r}: {refused[0].detail}" if refused else ""
+  return f"{where} holds no clip that can be used ({listed or 'nothing at all'}{first})"
+
+
+class _Captions:
+  """Captions beside a folder's videos."""
+
+  def __init__(self, top: pathlib.Path):
+    self._table: dict[str, str] = {}
+    found = [top / name for name in CAPTION_TABLES if (top / name).is_file()]
+    if len(found) > 1:
+      raise errors.DataError(f"{top}: both {' and '.join(CAPTION_TABLES)}; keep one")
+    for path in found:
+      table = read_table(path)
+      missing = {"file", "caption"} - set(table.column_names)
+      if missing:
+        names = ", ".join(table.column_names)
+        raise errors.DataError(f"{path}: wants the columns file and caption; it has {names}")
+      files, captions = table["file"].to_pylist(), table["caption"].to_pylist()
+      self._table = {str(pathlib.PurePosixPath(f)): c or "" for f, c in zip(files, captions, strict=True) if f}
+
+  def of(self, path: str, name: str) -> str:
+    """The caption of the video at `path`, known as `name` below the top folder."""
+    beside = pathlib.Path(path)
+    text, values = beside.with_suffix(".txt"), beside.with_suffix(".json")
+    if text.is_file():
+      return _read(text).strip()
+    if values.is_file():
+      return _from_json(values)
+    return self._table.get(name, "").strip()
+
+
+def _from_json(path: pathlib.Path) -> str:
+  try:
+    values: typing.Any = json.loads(_read(path))
+  except (ValueError, RecursionError) as error:
+    raise errors.DataError(f"{path}: no JSON ({error}); mend or remove this caption file") from error
+  parts = [values] if isinstance(values, str) else []
+  if isinstance(values, dict):
+    parts = [values["caption"]] if "caption" in values else [values.get(f, "") for f in record.CAPTION_FIELDS]
+  if not parts or not all(isinstance(part, str) for part in parts):
+    raise errors.DataError(f'{path}: wants {{"caption": "..."}} or the fields {", ".join(record.CAPTION_FIELDS)}')
+  return " ".join(part.strip() for part in parts if part.strip())
+
+
+def _read(path: pathlib.Path) -> str:
+  try:
+    return path.read_text(encoding="utf-8-sig")
+  except (OSError, UnicodeDecodeError) as error:
+    raise errors.DataError(f"{path}: cannot be read as UTF-8 text ({error})") from error
+
+
+def _suffix(name: str) -> str:
+  return os.path.splitext(name)[1].lower()
+
+
+def _raise(error: OSError) -> None:
+  raise errors.DataError(f"{error.filename!r} cannot be listed: {error.strerror}") from error
