@@ -90,12 +90,13 @@ def load(spec: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
   return values.config
 
 
-def known_keys(config: Mapping[str, Any], prefix: str = "") -> list[str]:
+def known_keys(config: ml_collections.ConfigDict, prefix: str = "") -> list[str]:
   """The dotted names of all leaves of a config."""
   names: list[str] = []
   for key in config:
     value = config[key]
-    names += known_keys(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [prefix + key]
+    group = isinstance(value, ml_collections.ConfigDict)
+    names += known_keys(value, f"{prefix}{key}.") if group else [prefix + key]
   return names
 
 

@@ -162,19 +162,15 @@ class Model:
 
   def _scores(self, scores: dict[str, float | str]) -> tuple[np.ndarray, np.ndarray]:
     """Normalised scores (M,) and which are told (M,): raw values by the stored percentiles, levels as they are."""
-    raw: dict[str, float | None] = {}
-    levels: dict[str, float] = {}
+    names = self.percentiles.names
+    u_M, known_M = np.zeros(len(names), np.float32), np.zeros(len(names), bool)
     for name, value in scores.items():
-      if not isinstance(value, str):
-        raw[name] = value
-      elif value in LEVELS:
-        raw[name], levels[name] = None, LEVELS[value]
-      else:
+      if name not in names:
+        raise UsageError(f"this model is not told {name!r}{nearest(name, names)}")
+      if isinstance(value, str) and value not in LEVELS:
         raise UsageError(f"--{name} {value!r} is neither a number nor one of {', '.join(LEVELS)}")
-    u_M, known_M = self.percentiles.knobs(raw)
-    for name, level in levels.items():
-      number = self.percentiles.names.index(name)
-      u_M[number], known_M[number] = level, True
+      u_M[names.index(name)] = LEVELS[value] if isinstance(value, str) else self.percentiles.normalise(name, value)
+      known_M[names.index(name)] = True
     return u_M, known_M
 
   def _given(self, request: Request, size: tuple[int, int, int], fps: float) -> tuple[np.ndarray, np.ndarray]:

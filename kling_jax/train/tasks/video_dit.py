@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from kling_jax.data import conditions as conditions_lib
-from kling_jax.data import pipeline
+from kling_jax.data import mixture, pipeline
 from kling_jax.data.tokens import ByteTokenizer
 from kling_jax.diffusion import guidance as guidance_lib
 from kling_jax.diffusion import loss as loss_lib
@@ -23,7 +23,7 @@ from kling_jax.diffusion import time as time_lib
 from kling_jax.errors import ConfigError, nearest
 from kling_jax.models import flops, latents, video_dit
 from kling_jax.models.text_to_video import Conditions, TextToVideo
-from kling_jax.models.video_vae import VideoVAE
+from kling_jax.models.video_vae import VideoVAE, VideoVAEConfig
 from kling_jax.nn import params as params_lib
 from kling_jax.nn import rng
 from kling_jax.nn.params import Params
@@ -85,42 +85,52 @@ class VideoDiTTask(Task):
       raise ConfigError("config key 'codec.weights' is not set: the vae needs a work directory or safetensors folder")
     return {"codec.": c.weights}
 
-  def codec(self, model: TextToVideo | None = None) -> latents.Codec:
-    """The codec: the VAE inside `model`, or the wavelet that has no weights."""
+  @property
+  def geometry(self) -> latents.Codec | VideoVAEConfig:
+    """What is known of the codec without weights: temporal, spatial, channels, `latent_shape`."""
     c = self.config.codec
     if c.name == "vae":
-      return model.codec if model is not None else VideoVAE.geometry(c.preset)
+      return VideoVAE.geometry(c.preset)
     return latents.make(c.name, spatial=c.spatial, channels=c.channels)
+
+  def codec(self, model: TextToVideo) -> latents.Codec:
+    """The codec: the VAE inside `model`, or the wavelet that has no weights."""
+    return model.codec if self.config.codec.name == "vae" else self.geometry
 
   # ---- data --------------------------------------------------------------------------------------------------------
 
   @functools.cached_property
+  def sources(self) -> mixture.Mixture:
+    return mixture.Mixture.open(self.config.data.sources, self.config.data.weights)
+
+  @functools.cached_property
   def percentiles(self) -> conditions_lib.Percentiles:
-    """What raw scores mean, fitted once on the training sources (or read beside them)."""
-    return conditions_lib.for_sources(self._sources(), self.config.model.conditions)
+    """What raw scores mean: fitted on the training sources, or read beside them."""
+    return conditions_lib.for_sources(self.sources, self.config.model.conditions)
 
-  def _sources(self) -> pipeline.Mixture:
-    return pipeline.Mixture.open(self.config.data.sources, self.config.data.weights)
-
-  def _pipeline(self, split: str, process_index: int, process_count: int, multiple_of: int) -> pipeline.Batches:
-    c = self.config.data
+  def batches(self, split: str, process_index: int, process_count: int, multiple_of: int) -> pipeline.Batches:
+    c = self.config
     return pipeline.Batches(
-      self._sources(),
-      buckets=c.buckets,
-      fps=c.fps,
-      batch=c.batch,
-      seed=self.config.seed,
+      self.sources,
+      buckets=c.data.buckets,
+      fps=c.data.fps,
+      batch=c.data.batch,
+      seed=c.seed,
       split=split,
-      validation_fraction=c.validation_fraction,
-      tokenizer=ByteTokenizer(self.config.text.tokens),
+      validation_fraction=c.data.validation_fraction,
+      tokenizer=ByteTokenizer(c.text.tokens) if c.text.encoder == "bytes" else None,
       percentiles=self.percentiles,
+      latents=self._caches("latents") if c.data.cached_latents else (),
+      texts=self._caches("text") if c.text.encoder == "cached" else (),
+      text_length=c.text.tokens,
       process_index=process_index,
       process_count=process_count,
       multiple_of=multiple_of,
     )
 
-  def batches(self, split: str, process_index: int, process_count: int, multiple_of: int) -> pipeline.Batches:
-    return self._pipeline(split, process_index, process_count, multiple_of)
+  def validation_rows(self, process_index: int, process_count: int, multiple_of: int) -> list[Batch]:
+    split = self.batches("validation", process_index, process_count, multiple_of)
+    return split.fixed_rows(self.config.validation.rows)
 
   def constants(self) -> dict[str, Any]:
     return {"conditions": self.percentiles.to_json()}
@@ -135,7 +145,7 @@ class VideoDiTTask(Task):
     if "latents" in batch:
       return batch["latents"].shape[0], tuple(batch["latents"].shape[1:])
     rows, frames, height, width, _ = batch["frames"].shape
-    return rows, self.codec().latent_shape(frames, height, width)
+    return rows, self.geometry.latent_shape(frames, height, width)
 
   # ---- loss --------------------------------------------------------------------------------------------------------
 
