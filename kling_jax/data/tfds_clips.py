@@ -1,8 +1,10 @@
 """Our clip sets as TensorFlow Datasets, written and read without TensorFlow (ArrayRecord files, `tfds.data_source`)."""
 
+import contextlib
 import hashlib
 import os
 import pathlib
+import sys
 import threading
 import typing
 from collections.abc import Iterator
@@ -28,7 +30,9 @@ class KlingClips(tfds.core.GeneratorBasedBuilder):
   VERSION = tfds.core.Version("1.0.0")
   RELEASE_NOTES: typing.ClassVar[dict[str, str]] = {"1.0.0": "Clip record KLC1."}
   name = NAME
-  pkg_dir_path = None  # Not a package of data sets: without this TFDS looks for one beside this file.
+  # Not a package of data sets: otherwise TFDS looks beside this file for one, with packages that it does not require.
+  pkg_dir_path = None
+  code_path = None
 
   def __init__(self, *, clips: str | os.PathLike[str], **options: typing.Any):
     self._clips = pathlib.Path(clips)
@@ -60,8 +64,10 @@ def write(clips: str | os.PathLike[str], data_dir: str | os.PathLike[str]) -> pa
   Returns:
     The folder of the version, for `TfdsSource` and `tfds.builder_from_directory`.
   """
+  tfds.display_progress_bar(sys.stderr.isatty())
   builder = KlingClips(clips=clips, data_dir=os.fspath(data_dir))
-  builder.download_and_prepare()
+  with contextlib.redirect_stdout(sys.stderr):  # TFDS chats on standard output, which belongs to --json.
+    builder.download_and_prepare()
   return pathlib.Path(builder.data_dir)
 
 
