@@ -140,9 +140,7 @@ class Torch:
       m = (rows + p[f"{layer}.modulation.table"]).unsqueeze(2).unbind(1)
       h = plain(x) * (1 + m[1]) + m[0]
       x = x + self.attention(h, h, layer, "self_attn", True) * m[2]
-      norm = functional.layer_norm(
-        x, x.shape[-1:], p[f"{layer}.cross_norm.scale"], p[f"{layer}.cross_norm.bias"], 1e-6
-      )
+      norm = functional.layer_norm(x, x.shape[-1:], p[f"{layer}.cross_norm.scale"], p[f"{layer}.cross_norm.bias"], 1e-6)
       x = x + self.attention(norm, text, layer, "cross_attn", False)
       h = functional.gelu(self.linear(plain(x) * (1 + m[4]) + m[3], f"{layer}.mlp.up"), approximate="tanh")
       x = x + self.linear(h, f"{layer}.mlp.down") * m[5]

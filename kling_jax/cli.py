@@ -226,7 +226,9 @@ def _add_sample(parser: Parser) -> None:
   parser.add_argument("--guidance_image", type=float, help="image or history scale")
   parser.add_argument("--rescale", type=float, help="guidance rescale, 0 to 1")
   parser.add_argument("--batch", type=int, help="videos a network call")
-  parser.add_argument("--rewrite", help="OpenAI-compatible server that lengthens prompts, e.g. http://localhost:8000/v1")
+  parser.add_argument(
+    "--rewrite", help="OpenAI-compatible server that lengthens prompts, e.g. http://localhost:8000/v1"
+  )
   parser.add_argument("--rewrite_model", default="default", help="model name on that server")
   parser.add_argument("--out", required=True, help="F.mp4; several videos become F-000.mp4, F-001.mp4, ...")
 

@@ -149,25 +149,23 @@ def _same_kind(given: Any, legal: Any) -> bool:
 
 def plain(config: ml_collections.ConfigDict) -> dict[str, Any]:
   """The config as JSON-ready values (tuples become lists)."""
-  as_json = lambda value: (
-    {key: as_json(item) for key, item in value.items()}
-    if isinstance(value, Mapping)
-    else [as_json(item) for item in value]
-    if isinstance(value, (tuple, list))
-    else value
-  )
+
+  def as_json(value: Any) -> Any:
+    if isinstance(value, Mapping):
+      return {key: as_json(item) for key, item in value.items()}
+    return [as_json(item) for item in value] if isinstance(value, (tuple, list)) else value
+
   return as_json(config.to_dict())
 
 
 def restore(values: Mapping[str, Any]) -> ml_collections.ConfigDict:
   """The inverse of `plain`: lists become tuples again, so that configs stay hashable by parts."""
-  as_config = lambda value: (
-    {key: as_config(item) for key, item in value.items()}
-    if isinstance(value, Mapping)
-    else tuple(as_config(item) for item in value)
-    if isinstance(value, list)
-    else value
-  )
+
+  def as_config(value: Any) -> Any:
+    if isinstance(value, Mapping):
+      return {key: as_config(item) for key, item in value.items()}
+    return tuple(as_config(item) for item in value) if isinstance(value, list) else value
+
   return ml_collections.ConfigDict(as_config(values))
 
 

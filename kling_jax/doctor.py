@@ -40,7 +40,7 @@ def examine() -> dict[str, Any]:
     "devices": [f"{item.platform}: {item.device_kind}" for item in jax.devices()],
     "processes": jax.process_count(),
     "peak_flops_per_device": flops,
-    "compilation_cache": jax.config.jax_compilation_cache_dir,
+    "compilation_cache": jax.config.values["jax_compilation_cache_dir"],
     "decoders": {name: _has(av, name, "r") for name in CODECS},
     "encoders": {name: _has(av, name, "w") for name in ("libx264", "libx265", "libsvtav1", "libvpx-vp9", "aac")},
     "extras": {

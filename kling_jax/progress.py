@@ -1,7 +1,7 @@
 """Progress bars on standard error: shown on a terminal, silent elsewhere."""
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from typing import TypeVar
 
 import rich.console
@@ -38,7 +38,7 @@ class Bar:
 
 def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
   """Yields `items` under a progress bar; `total` defaults to `len(items)` where it has one."""
-  if total is None and hasattr(items, "__len__"):
+  if total is None and isinstance(items, Sized):
     total = len(items)
   with bar(description, total) as line:
     for item in items:

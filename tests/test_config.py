@@ -69,7 +69,9 @@ def test_a_config_with_unknown_keys_or_types_is_refused_before_anything_is_built
 
 
 LEAVES = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
-VALUES = st.recursive(LEAVES | st.lists(LEAVES).map(tuple), lambda inner: st.dictionaries(st.text("abc", min_size=1), inner))
+VALUES = st.recursive(
+  LEAVES | st.lists(LEAVES).map(tuple), lambda inner: st.dictionaries(st.text("abc", min_size=1), inner)
+)
 
 
 @given(st.dictionaries(st.text("abc", min_size=1), VALUES))

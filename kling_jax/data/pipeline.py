@@ -16,7 +16,7 @@ import heapq
 import logging
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import grain
@@ -322,7 +322,7 @@ class Batches:
 
   def iterate(
     self, start_step: int, *, threads: int = 4, workers: int = 0, stop: int | None = None
-  ) -> Iterator[tuple[int, Batch]]:
+  ) -> Generator[tuple[int, Batch], None, None]:
     """Yields (step, batch) from `start_step` up to before `stop`, built ahead while the caller computes.
 
     Args:

@@ -100,7 +100,7 @@ class Model:
     bucket = self.config.data.buckets[0]
     given = (settings.frames, settings.height, settings.width)
     frames, height, width = (a or b for a, b in zip(given, bucket, strict=True))
-    codec, patch = self.task.codec(), self.task.dit.patch
+    codec, patch = self.task.geometry, self.task.dit.patch
     step = codec.temporal * patch[0]
     if (frames - 1) % step:
       low = (frames - 1) // step * step + 1
@@ -176,7 +176,7 @@ class Model:
   def _given(self, request: Request, size: tuple[int, int, int], fps: float) -> tuple[np.ndarray, np.ndarray]:
     """Known pixels (T, H, W, 3), padded by repetition, and which latent frames they fill (t,)."""
     frames, height, width = size
-    codec = self.task.codec()
+    codec = self.task.geometry
     latent_frames = codec.latent_shape(*size)[0]
     if request.image:
       start, count = next(decode.iterate(request.image, size=(height, width)))[2][None], 1
@@ -276,7 +276,7 @@ def _whole(request: Request, video: np.ndarray, model: Model, fps: float) -> np.
   if not request.video:
     return video
   info = decode.probe(request.video)
-  known = 1 + model.task.codec().temporal * (max(model.config.history.frames, 1) - 1)
+  known = 1 + model.task.geometry.temporal * (max(model.config.history.frames, 1) - 1)
   last = info.duration_s - 1 / max(info.fps, 1e-6)
   count = int(last * fps) + 1
   times = last - np.arange(count)[::-1] / fps

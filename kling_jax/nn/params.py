@@ -4,7 +4,7 @@
 trainer, the checkpoints and the importers hold. The graph definition (a static, hashable value) carries the rest.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -51,7 +51,7 @@ def abstract(
   return graph, shapes, axes
 
 
-def create(init: Callable[[], nnx.Module], shardings: dict[str, jax.sharding.Sharding] | None = None) -> Params:
+def create(init: Callable[[], nnx.Module], shardings: Mapping[str, jax.sharding.Sharding] | None = None) -> Params:
   """Builds the parameters of `init()` inside one jit, each born with its sharding (no full copy on any device)."""
   build = lambda: {name: leaf[...] for name, leaf in flatten(nnx.state(init())).items()}
   return jax.jit(build, out_shardings=shardings)()

@@ -4,12 +4,13 @@ import zlib
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 
-def sample_keys(key: jax.Array, step: jax.Array | int, index_B: jax.Array) -> jax.Array:
+def sample_keys(key: jax.Array, step: jax.Array | int, index_B: ArrayLike) -> jax.Array:
   """Returns typed keys (B,): fold_in(fold_in(key, step), row of the sample in the global batch)."""
   step_key = jax.random.fold_in(key, step)
-  return jax.vmap(lambda index: jax.random.fold_in(step_key, index))(index_B)
+  return jax.vmap(lambda index: jax.random.fold_in(step_key, index))(jnp.asarray(index_B))
 
 
 def stream(keys_B: jax.Array, name: str) -> jax.Array:

@@ -3,23 +3,22 @@
 import dataclasses
 import pathlib
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import jax
 import ml_collections
-import numpy as np
 from flax import nnx
 
 from kling_jax import progress
 from kling_jax.config import plain
-from kling_jax.errors import DataError, KlingError
+from kling_jax.errors import DataError
 from kling_jax.nn import params as params_lib
 from kling_jax.train import metrics as metrics_lib
 from kling_jax.train import peak, sharding, task, validation, warm_start, workdir
 from kling_jax.train.checkpoint import Checkpoints
 from kling_jax.train.preemption import Preemption
-from kling_jax.train.state import State, Update
+from kling_jax.train.state import Update
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,7 +172,9 @@ class _Log:
     self._writer.write(step, self.last)
 
 
-def _stream(batches: task.Batches, config: ml_collections.ConfigDict, start: int) -> Iterator[Any]:
+def _stream(
+  batches: task.Batches, config: ml_collections.ConfigDict, start: int
+) -> Generator[tuple[int, task.Batch], None, None]:
   return batches.iterate(start, threads=config.data.threads, workers=config.data.workers, stop=config.steps)
 
 

@@ -89,7 +89,7 @@ def like_parameters(mesh: Mesh, tree: Any, shardings: Mapping[str, NamedSharding
   """Shardings of a tree that contains flat parameter dicts (optimiser state, EMA): by parameter name, else replicated."""
 
   def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-    name = next((key.key for key in reversed(path) if isinstance(key, jax.tree_util.DictKey)), None)
+    name = next((str(key.key) for key in reversed(path) if isinstance(key, jax.tree_util.DictKey)), "")
     return shardings[name] if name in shardings and leaf.ndim else NamedSharding(mesh, P())
 
   return jax.tree_util.tree_map_with_path(place, tree)

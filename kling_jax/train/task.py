@@ -5,7 +5,7 @@ import hashlib
 import importlib
 import json
 import pkgutil
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any, Protocol
 
 import jax
@@ -28,8 +28,10 @@ class Batches(Protocol):
 
   def __getitem__(self, step: int) -> Batch: ...
 
-  def iterate(self, start_step: int, *, threads: int = 4, workers: int = 0, stop: int | None = None) -> Iterator[Any]:
-    """Yields (step, batch) in order, prefetched."""
+  def iterate(
+    self, start_step: int, *, threads: int = 4, workers: int = 0, stop: int | None = None
+  ) -> Generator[tuple[int, Batch], None, None]:
+    """Yields (step, batch) in order, prefetched; closing the generator ends its threads and workers."""
     ...
 
 
@@ -47,7 +49,9 @@ class Task(abc.ABC):
   def __init__(self, config: ml_collections.ConfigDict):
     self.config = config
     if config.precision not in PRECISIONS:
-      raise ConfigError(f"config key 'precision' = {config.precision!r} is unknown{nearest(config.precision, PRECISIONS)}")
+      raise ConfigError(
+        f"config key 'precision' = {config.precision!r} is unknown{nearest(config.precision, PRECISIONS)}"
+      )
     self.dtype = PRECISIONS[config.precision]
     self.graph, self.shapes, self.axes = params_lib.abstract(lambda: self.init(nnx.Rngs(params=jax.random.key(0))))
 

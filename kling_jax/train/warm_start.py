@@ -64,8 +64,8 @@ def load(
     step = checkpoints.latest()
     if step is None:
       raise WeightsError(f"init_from {source} holds no complete checkpoint")
-    params, report = checkpoints.restore_matching(step, wanted, allow_missing)
-    return params, {"kind": "work directory", "step": step, **report}
+    params, names = checkpoints.restore_matching(step, wanted, allow_missing)
+    return params, {"kind": "work directory", "step": step, **names}
   if source.exists():
     params, report = safetensors.load_into(wanted, source, allow_missing=allow_missing)
     return params, {"kind": "safetensors", **report.to_json()}

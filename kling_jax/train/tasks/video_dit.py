@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -95,7 +95,7 @@ class VideoDiTTask(Task):
 
   def codec(self, model: TextToVideo) -> latents.Codec:
     """The codec: the VAE inside `model`, or the wavelet that has no weights."""
-    return model.codec if self.config.codec.name == "vae" else self.geometry
+    return cast(latents.Codec, model.codec if self.config.codec.name == "vae" else self.geometry)
 
   # ---- data --------------------------------------------------------------------------------------------------------
 
@@ -183,9 +183,7 @@ class VideoDiTTask(Task):
 
   def _dropped(self, keys_B: jax.Array) -> dict[str, jax.Array]:
     drop = self.config.drop
-    scores = [
-      rng.bernoulli(rng.stream(keys_B, f"drop_{name}"), drop.scores) for name in self.config.model.conditions
-    ]
+    scores = [rng.bernoulli(rng.stream(keys_B, f"drop_{name}"), drop.scores) for name in self.config.model.conditions]
     text_B = rng.bernoulli(rng.stream(keys_B, "drop_text"), drop.text)
     return {"text": text_B} | ({"scores": jnp.stack(scores, 1)} if scores else {})
 
@@ -250,7 +248,7 @@ class VideoDiTTask(Task):
     noise_BTHWC = rng.normal(rng.stream(keys_B, "noise"), shape)
     times = sampler_lib.times(recipe.steps, recipe.shift)
     x0_BTHWC = sampler_lib.sample(predict, noise_BTHWC, times, self.process, recipe.method)
-    if given.known_BT is not None:
+    if given.known_BT is not None and given.clean_BTHWC is not None:
       x0_BTHWC = jnp.where(given.known_BT[:, :, None, None, None], given.clean_BTHWC, x0_BTHWC)
     pixels = jnp.clip((codec.decode(x0_BTHWC) + 1) * 127.5, 0, 255)
     return jnp.round(pixels).astype(jnp.uint8)
