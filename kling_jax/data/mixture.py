@@ -3,22 +3,20 @@
 import dataclasses
 import functools
 import hashlib
-import importlib
 import logging
 import math
 import pathlib
-import urllib.parse
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
+from kling_jax.data.open import open_source
 from kling_jax.data.source import ClipInfo, ClipSource
-from kling_jax.errors import ConfigError, DataError, nearest
+from kling_jax.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation")
-TABLES = (".csv", ".parquet", ".jsonl")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,14 +46,14 @@ class Mixture:
 
   @staticmethod
   def open(specs: Sequence[str], weights: Sequence[float] = ()) -> "Mixture":
-    """Opens sources by name (see `open_source`).
+    """Opens sources by name (see `data.open.open_source`).
 
     Raises:
-      ConfigError: an unknown kind of source, or weights that do not match.
+      ConfigError: no sources, or weights that do not match.
+      UsageError: an unknown kind of source.
       DataError: a source that cannot be read.
     """
-    opened = [open_source(spec) for spec in specs]
-    return Mixture(tuple(source for source, _ in opened), tuple(weights), tuple(folder for _, folder in opened))
+    return Mixture(tuple(map(open_source, specs)), tuple(weights), tuple(map(home, specs)))
 
   @functools.cached_property
   def starts(self) -> np.ndarray:
@@ -94,9 +92,6 @@ class Mixture:
     source, index = self.find(number)
     return self.sources[source].frames(index, times_s, height, width)
 
-  def __getstate__(self) -> dict:
-    return {key: value for key, value in self.__dict__.items() if key != "starts"}
-
 
 def held_out(videos: Iterable[str], fraction: float) -> frozenset[str]:
   """The videos of the validation split: those whose hash, read as a number in [0, 1), lies below `fraction`.
@@ -131,66 +126,13 @@ def video_of(info: ClipInfo) -> str:
   return info.video_id or info.clip_id
 
 
-def open_source(spec: str) -> tuple[ClipSource, pathlib.Path | None]:
-  """Opens a source by its name in a config.
-
-  Names:
-    worlds:shapes-v1?count=512&seed=0   a procedural world
-    tfds:DIR                            a TFDS data set folder (the version's folder)
-    FILE.csv, FILE.parquet, FILE.jsonl  a table of clips
-    DIR with *.array_record or records/ one of our clip sets
-    any other DIR                       a folder of videos
-
-  Returns:
-    The source, and the folder beside which its conditions.json and caches lie.
-
-  Raises:
-    ConfigError: the name is of no kind.
-    DataError: nothing is there, or it cannot be read.
-  """
+def home(spec: str) -> pathlib.Path | None:
+  """The folder beside which the source `spec` keeps conditions.json and caches; None for a procedural world."""
   kind, colon, rest = spec.partition(":")
-  if colon and kind in OPENERS:
-    return OPENERS[kind](rest)
-  if colon and "/" not in kind and not pathlib.Path(spec).exists():
-    raise ConfigError(f"data source {spec!r} has the unknown kind {kind!r}{nearest(kind, OPENERS)}")
-  path = pathlib.Path(spec).expanduser()
-  if path.is_file() and path.suffix.lower() in TABLES:
-    return _class("table", "TableSource")(path), path.parent
-  if path.is_dir():
-    if (path / "records").is_dir() or any(path.glob("*.array_record*")):
-      return _class("records", "RecordSource")(path), path
-    if (path / "features.json").exists():
-      return OPENERS["tfds"](spec)
-    return _class("folder", "FolderSource")(path), path
-  raise DataError(
-    f"data source {spec!r} is neither a folder nor a table ({', '.join(TABLES)}); name one that exists, or "
-    "worlds:shapes-v1?count=512&seed=0"
-  )
-
-
-def _class(module: str, name: str) -> Callable[..., ClipSource]:
-  """Sources are imported when one is opened: a world needs no PyArrow, a table no ArrayRecord."""
-  return getattr(importlib.import_module(f"kling_jax.data.{module}"), name)
-
-
-def _world(rest: str) -> tuple[ClipSource, None]:
-  name, _, query = rest.partition("?")
-  options = dict(urllib.parse.parse_qsl(query, strict_parsing=bool(query)) if query else [])
-  numbers = {}
-  for key, value in options.items():
-    if key not in ("count", "seed"):
-      raise ConfigError(f"data source worlds:{rest} has the unknown option {key!r}{nearest(key, ('count', 'seed'))}")
-    if not value.isdecimal():
-      raise ConfigError(f"data source worlds:{rest}: {key} is {value!r}; give a whole number")
-    numbers[key] = int(value)
-  return _class("worlds", "WorldSource")(name, **numbers), None
-
-
-def _tfds(rest: str) -> tuple[ClipSource, pathlib.Path]:
-  return _class("tfds_clips", "TfdsSource")(rest), pathlib.Path(rest)
-
-
-OPENERS: dict[str, Callable[[str], tuple[ClipSource, pathlib.Path | None]]] = {"worlds": _world, "tfds": _tfds}
+  if colon and kind == "worlds":
+    return None
+  path = pathlib.Path(rest if colon and kind == "tfds" else spec).expanduser()
+  return path.parent if path.is_file() or path.name == "records" else path
 
 
 def rates(clips: Sequence[int], sources: Sequence[int], weights: Sequence[float]) -> list[float]:
