@@ -19,7 +19,11 @@ def orientation(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
 
   A matrix that is no multiple of a right angle is rounded to the nearest one, as players do.
   """
-  side = frame.side_data.get("DISPLAYMATRIX")
+  try:
+    side = frame.side_data.get("DISPLAYMATRIX")
+  except ValueError:  # PyAV does not know a kind of side data that its FFmpeg attached (EXIF, stereo views).
+    turns = round(frame.rotation / 90) % 4  # counter-clockwise; mirroring is not told
+    return turns % 2 == 1, turns in (1, 2), turns in (2, 3)
   if side is None:
     return False, False, False
   a, b, _, c, d = np.frombuffer(bytes(typing.cast(av.buffer.Buffer, side)), "<i4")[:5].astype(np.float64)
