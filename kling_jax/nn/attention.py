@@ -87,7 +87,9 @@ def attention(
     large = q_BNKE.shape[1] * k_BLKE.shape[1] >= BLOCKWISE_SCORES
     road = "blockwise" if large and lowering.platform() == "cpu" else "reference"
   q_BNKE = q_BNKE * jnp.asarray(1 / math.sqrt(q_BNKE.shape[-1]), q_BNKE.dtype)
-  return (_blockwise if road == "blockwise" else _reference)(q_BNKE, k_BLKE, v_BLKE, mask)
+  if road == "blockwise":
+    return _blockwise(q_BNKE, k_BLKE, v_BLKE, mask)
+  return checkpoint_name(_reference(q_BNKE, k_BLKE, v_BLKE, mask), "attention")
 
 
 def _visible(keys_L: jax.Array | None, limit_N: jax.Array | None, first: jax.Array | int, keys: int):
@@ -224,7 +226,8 @@ def _attend(q_GNE, k_GLE, v_GLE, keys_GL, limit_N):
 
 def _attend_forward(q_GNE, k_GLE, v_GLE, keys_GL, limit_N):
   o_GNE, lse_GN = _forward(q_GNE, k_GLE, v_GLE, keys_GL, limit_N)
-  # Named here, where both residuals exist: a remat policy that saves "attention" then repeats no attention at all.
+  # Named here and not after the road: a remat policy that saves "attention" then keeps all that the backward pass
+  # needs of this function, and repeats none of it.
   o_GNE, lse_GN = checkpoint_name(o_GNE, "attention"), checkpoint_name(lse_GN, "attention")
   return o_GNE, (q_GNE, k_GLE, v_GLE, keys_GL, limit_N, o_GNE, lse_GN)
 

@@ -109,7 +109,7 @@ class MultiHeadAttention(nnx.Module):
     self, q_BNKE: jax.Array, k_BLKE: jax.Array, v_BLKE: jax.Array, mask: Mask = EVERYTHING, *, road: str = "auto"
   ) -> jax.Array:
     """Attention, then the output projection: (B, N, D)."""
-    o_BNKE = checkpoint_name(attention(q_BNKE, k_BLKE, v_BLKE, mask=mask, road=road), "attention")
+    o_BNKE = attention(q_BNKE, k_BLKE, v_BLKE, mask=mask, road=road)
     return self.out(o_BNKE.reshape(*o_BNKE.shape[:-2], -1))
 
   def __call__(
