@@ -4,6 +4,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import json
+import math
 import os
 import pathlib
 import typing
@@ -37,8 +38,8 @@ class FolderSource:
   before training starts. Files and folders whose names start with a dot are skipped, links to folders not followed.
 
   Captions, first found first taken: `name.txt`; `name.json` with a key "caption" (or Koala's six fields, joined);
-  `captions.csv` or `captions.jsonl` in the top folder, with columns `file` (relative path) and `caption`. A video
-  without any has an empty caption.
+  `captions.csv` or `captions.jsonl` in the top folder, with columns `file` (relative path) and `caption`, and `start_s`
+  and `end_s` (seconds) where a row speaks for a span. A video without any has an empty caption.
 
   Args:
     folder: the top folder.
@@ -66,7 +67,7 @@ class FolderSource:
     paths = find_videos(top)
     verdicts = admit(paths, quarantine, min_frames=min_frames, min_side=min_side, limits=limits)
     self.refused = tuple(v for v in verdicts.values() if v.outcome == "quarantine")
-    captions = _Captions(top)
+    captions = Captions(top)
     self._clips: list[_Clip] = []
     for path, verdict in verdicts.items():
       if verdict.outcome != "quarantine" and verdict.info is not None:
@@ -162,12 +163,16 @@ def none_left(where: str, refused: Sequence[quarantine.Verdict]) -> str:
   return f"{where} holds no clip that can be used ({listed or 'nothing at all'}{first})"
 
 
-class _Captions:
-  """Captions beside a folder's videos."""
+class Captions:
+  """Captions beside a folder's videos, for whole files and for spans of them (see `FolderSource`).
 
-  def __init__(self, top: pathlib.Path):
-    self._table: dict[str, str] = {}
-    found = [top / name for name in CAPTION_TABLES if (top / name).is_file()]
+  Raises:
+    DataError: two caption tables, or one without the columns `file` and `caption`.
+  """
+
+  def __init__(self, top: str | os.PathLike[str]):
+    self._rows: dict[str, list[tuple[float, float, str]]] = {}
+    found = [pathlib.Path(top) / name for name in CAPTION_TABLES if (pathlib.Path(top) / name).is_file()]
     if len(found) > 1:
       raise errors.DataError(f"{top}: both {' and '.join(CAPTION_TABLES)}; keep one")
     for path in found:
@@ -176,18 +181,42 @@ class _Captions:
       if missing:
         names = ", ".join(table.column_names)
         raise errors.DataError(f"{path}: wants the columns file and caption; it has {names}")
-      files, captions = table["file"].to_pylist(), table["caption"].to_pylist()
-      self._table = {str(pathlib.PurePosixPath(f)): c or "" for f, c in zip(files, captions, strict=True) if f}
+      for row in table.to_pylist():
+        if row["file"]:
+          text = (row["caption"] or "").strip()
+          spanned = (_seconds(path, row, "start_s", 0.0), _seconds(path, row, "end_s", math.inf), text)
+          self._rows.setdefault(str(pathlib.PurePosixPath(row["file"])), []).append(spanned)
 
-  def of(self, path: str, name: str) -> str:
-    """The caption of the video at `path`, known as `name` below the top folder."""
+  def of(self, path: str, name: str, span: tuple[float, float] | None = None) -> str:
+    """The caption of the video at `path`, known as `name` below the top folder; "" where there is none.
+
+    Args:
+      span: (start, end) seconds from the video's start. The row of the table that covers most of it speaks for it, if
+        that is at least half. None: the whole file; the captions of its spans are joined in their order.
+    """
     beside = pathlib.Path(path)
     text, values = beside.with_suffix(".txt"), beside.with_suffix(".json")
     if text.is_file():
       return _read(text).strip()
     if values.is_file():
       return _from_json(values)
-    return self._table.get(name, "").strip()
+    rows = self._rows.get(name, [])
+    if span is None:
+      return " ".join(dict.fromkeys(caption for _, _, caption in sorted(rows) if caption))
+    start, end = span
+    covered = [(min(end, row_end) - max(start, row_start), caption) for row_start, row_end, caption in rows]
+    length, caption = max(covered, default=(0.0, ""), key=lambda item: item[0])
+    return caption if length >= (end - start) / 2 else ""
+
+
+def _seconds(path: pathlib.Path, row: dict[str, typing.Any], column: str, missing: float) -> float:
+  value = row.get(column)
+  if value is None or value == "":
+    return missing
+  try:
+    return float(value)
+  except (TypeError, ValueError) as error:
+    raise errors.DataError(f"{path}: {column} of {row['file']!r} is {value!r}; wants seconds") from error
 
 
 def _from_json(path: pathlib.Path) -> str:
