@@ -74,7 +74,7 @@ class HaarCodec:
   orthogonal projection on what is kept.
 
   * W is a Kronecker product of four orthonormal matrices: colour (the 3-point cosine transform of RGB: luma, red minus
-    blue, green minus magenta, which on natural footage are nearly its principal axes), time, rows, columns
+    blue, magenta minus green, which on natural footage are nearly its principal axes), time, rows, columns
     (full Haar trees: 1 mean, then 1, 2, 4 ... details of halving support).
   * Channels are ordered by falling expected energy `_RMS`; equal ones stay together, in the order of the product.
   * rms is the expected root mean square of each coefficient, so that each channel has about unit variance.
@@ -225,13 +225,13 @@ _RMS = (
   # red minus blue, details of 2 frames
   0.1326, 0.07054, 0.04045, 0.02042, 0.06046, 0.04246, 0.02843, 0.01553,
   0.03438, 0.0261, 0.01877, 0.01126, 0.01738, 0.01403, 0.01074, 0.007005,
-  # green minus magenta, mean over time
+  # magenta minus green, mean over time
   1.591, 0.2865, 0.1378, 0.06076, 0.3064, 0.1586, 0.08813, 0.04516,
   0.1532, 0.09117, 0.05922, 0.03181, 0.06644, 0.04593, 0.0316, 0.01985,
-  # green minus magenta, detail of 4 frames
+  # magenta minus green, detail of 4 frames
   0.0845, 0.04828, 0.0287, 0.01479, 0.04511, 0.03272, 0.02189, 0.01208,
   0.02802, 0.02187, 0.01528, 0.009279, 0.01525, 0.0123, 0.009412, 0.006034,
-  # green minus magenta, details of 2 frames
+  # magenta minus green, details of 2 frames
   0.04478, 0.02718, 0.01736, 0.009698, 0.02581, 0.01981, 0.01347, 0.007971,
   0.01636, 0.01317, 0.009974, 0.006274, 0.00927, 0.007782, 0.006254, 0.004379,
 )
