@@ -77,6 +77,7 @@ def packed(header: object, media: bytes = b"") -> bytes:
   return b"KLC1" + struct.pack("<I", len(text)) + text + media
 
 
+@hypothesis.settings(deadline=None)
 @hypothesis.given(records(), st.binary(max_size=50))
 def test_what_is_packed_comes_back(clip: record.ClipRecord, media: bytes) -> None:
   data = record.pack(clip, media)
@@ -100,6 +101,7 @@ def test_layout_is_the_contract() -> None:
   assert set(contract.split()) <= set(header)
 
 
+@hypothesis.settings(deadline=None)
 @hypothesis.given(st.binary(max_size=200))
 def test_random_bytes_raise_data_error(data: bytes) -> None:
   for hostile in (data, b"KLC1" + data, packed(data), b"KLC1" + struct.pack("<I", len(data) + 1) + data):
@@ -114,6 +116,7 @@ JSON = st.recursive(
 )
 
 
+@hypothesis.settings(deadline=None)
 @hypothesis.given(st.sampled_from(sorted(header_of(example()))), JSON)
 def test_any_field_of_any_json_type_is_checked(name: str, value: object) -> None:
   """Either the value is legal, and then it survives, or it is a DataError."""
@@ -125,6 +128,7 @@ def test_any_field_of_any_json_type_is_checked(name: str, value: object) -> None
   assert record.unpack_header(record.pack(clip, b"")) == clip
 
 
+@hypothesis.settings(deadline=None)
 @hypothesis.given(st.integers(0, 2000))
 def test_cut_records_raise(length: int) -> None:
   data = record.pack(example(), b"")
@@ -209,6 +213,7 @@ def test_records_do_not_change() -> None:
     example().clip_id = "other"  # type: ignore[misc]
 
 
+@hypothesis.settings(deadline=None)
 @hypothesis.given(st.integers(0, 10**9), st.integers(1, 10**9))
 def test_koala_time_stamps_survive(start_ms: int, length_ms: int) -> None:
   start, end = start_ms / 1000, (start_ms + length_ms) / 1000
@@ -220,6 +225,7 @@ def test_koala_time_stamps_as_released() -> None:
   assert koala.format_span(1.234, 3723.5) == "['0:00:01.234', '1:02:03.500']"
 
 
+@hypothesis.settings(deadline=None)
 @hypothesis.given(st.text(max_size=40))
 def test_other_time_stamps_raise(text: str) -> None:
   with pytest.raises(errors.DataError):
