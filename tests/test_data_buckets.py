@@ -1,6 +1,5 @@
 """Buckets: every clip is placed or accounted for, and the schedule is a pure function of the step."""
 
-import collections
 import math
 import re
 
@@ -10,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kling_jax.data import buckets as buckets_lib
-from kling_jax.data.buckets import Bucket, Limits, Schedule
+from kling_jax.data.buckets import Bucket, Limits
 from kling_jax.data.cache import latent_variant
 from kling_jax.data.source import ClipInfo
 from kling_jax.errors import ConfigError, DataError
@@ -149,46 +148,3 @@ def test_batch_sizes_divide_or_name_the_legal_ones():
   for both in ({}, {"batch": 8, "token_budget": 9}):
     with pytest.raises(ConfigError, match="one of the two"):
       buckets_lib.batch_sizes(buckets, **both)
-
-
-@settings(max_examples=40, deadline=None)
-@given(
-  weights=st.lists(st.floats(1e-4, 1e4), min_size=1, max_size=6),
-  seed=st.integers(0, 2**31),
-  start=st.integers(0, 10**9),
-)
-def test_the_schedule_counts_what_came_before_and_keeps_shares(weights, seed, start):
-  schedule = Schedule(weights, seed)
-  period = schedule.period
-  seen = collections.Counter()
-  for step in range(period):  # the oracle walks; `at` does not
-    bucket, k = schedule.at(step)
-    assert k == seen[bucket]
-    seen[bucket] += 1
-  assert tuple(seen[b] for b in range(len(weights))) == schedule.counts and min(schedule.counts) >= 1
-  for weight, count in zip(weights, schedule.counts, strict=True):
-    assert abs(count - weight / math.fsum(weights) * period) <= len(weights)
-  # Any later round: k goes on from the rounds before.
-  bucket, k = schedule.at(start)
-  assert start // period * schedule.counts[bucket] <= k < (start // period + 1) * schedule.counts[bucket]
-  assert Schedule(weights, seed).at(start) == (bucket, k)
-
-
-def test_rounds_and_seeds_differ_in_order_and_weight_zero_never_comes():
-  weights = [3.0, 0.0, 1.0]
-  schedule = Schedule(weights, 0)
-  order = lambda s, r: [s.at(step)[0] for step in range(r * s.period, (r + 1) * s.period)]
-  assert order(schedule, 0) != order(schedule, 1) != order(Schedule(weights, 1), 1)
-  assert set(order(schedule, 0)) == {0, 2}
-  with pytest.raises(IndexError):
-    schedule.at(-1)
-  for wrong in ([], [0.0], [1.0, -1.0], [math.nan], [math.inf]):
-    with pytest.raises(ConfigError, match="bucket weights"):
-      Schedule(wrong, 0)
-
-
-def test_draws_are_pinned():
-  """Another value here means that every run resumes on other data: bump nothing, find out why."""
-  assert buckets_lib.draws("0/17x64x64@8/row", 12345, 2).tolist() == [5468694645061097641, 2001761928566351773]
-  many = np.concatenate([buckets_lib.draws("s", position, 4) for position in range(2000)]) / 2**64
-  assert abs(many.mean() - 0.5) < 0.02 and abs(many.var() - 1 / 12) < 0.005 and len(np.unique(many)) == many.size

@@ -1,4 +1,4 @@
-"""Buckets: which shape a clip is trained at, how many clips that leaves, and which bucket each step takes.
+"""Buckets: which shape a clip is trained at, and how many clips that leaves.
 
 A clip goes to one bucket or is dropped with a reason; nothing else ever leaves a run: streams repeat for ever, batches
 cross the borders of epochs, and a set smaller than a batch fills it by repetition. What was kept and what was dropped
@@ -7,8 +7,6 @@ is a table (`Report`), and a set of which nothing is left is an error that names
 
 import collections
 import dataclasses
-import functools
-import hashlib
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -25,7 +23,6 @@ REASONS = {
   "aspect": "would lose too much of its picture to the crop",
 }
 ROUNDING_S = 1e-3  # containers round durations to milliseconds
-SHORTEST_PERIOD, LONGEST_PERIOD = 64, 8192  # steps of one round of the schedule
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -266,66 +263,3 @@ def batch_sizes(
         f"{bucket.name}, {cost} tokens each; use at least {multiple_of * cost}, or a smaller bucket"
       )
   return tuple(sizes)
-
-
-class Schedule:
-  """Which bucket each step takes: rounds of a fixed length, in each of which every bucket has its share of steps.
-
-  The order within a round is a permutation seeded by (seed, round). `at` needs no history, so all processes agree on
-  every step and a run resumes anywhere.
-  """
-
-  def __init__(self, weights: Sequence[float], seed: int):
-    """Plans the rounds.
-
-    Args:
-      weights: one a bucket, not negative, any sum; a bucket of weight 0 never comes. Shares are rounded to whole steps
-        of a round (largest remainder, at least one step each); the round is long enough to give the rarest bucket four
-        steps, up to 8,192 steps.
-      seed: of the orders.
-    """
-    total = math.fsum(weights)
-    if not total > 0 or min(weights) < 0 or not math.isfinite(total):
-      raise ConfigError(f"bucket weights are {list(weights)}; they must be finite, not negative, and not all 0")
-    share = [weight / total for weight in weights]
-    rarest = min(part for part in share if part > 0)
-    self.period = min(max(math.ceil(4 / rarest), SHORTEST_PERIOD), LONGEST_PERIOD)
-    self.counts = _apportion(share, self.period)
-    self.seed = seed
-
-  def at(self, step: int) -> tuple[int, int]:
-    """(bucket, k): the bucket of `step`, and how often it came in the steps before."""
-    if step < 0:
-      raise IndexError(f"step {step} is negative")
-    round_, place = divmod(step, self.period)
-    order, earlier = _round(self.counts, self.seed, round_)
-    bucket = int(order[place])
-    return bucket, round_ * self.counts[bucket] + int(earlier[place])
-
-
-def _apportion(share: Sequence[float], total: int) -> tuple[int, ...]:
-  """Whole numbers that sum to `total`, nearest to share * total, at least 1 where the share is above 0."""
-  exact = [part * total for part in share]
-  counts = [max(int(value), int(value > 0)) for value in exact]
-  while sum(counts) != total:
-    sign = 1 if sum(counts) < total else -1
-    movable = [b for b, count in enumerate(counts) if exact[b] > 0 and (sign > 0 or count > 1)]
-    counts[max(movable, key=lambda b: sign * (exact[b] - counts[b]))] += sign
-  return tuple(counts)
-
-
-@functools.lru_cache(maxsize=16)
-def _round(counts: tuple[int, ...], seed: int, round_: int) -> tuple[np.ndarray, np.ndarray]:
-  """The buckets of one round in order, and for each place how often its bucket came before within the round."""
-  order = np.repeat(np.arange(len(counts)), counts)
-  order = order[np.argsort(draws(f"{seed}/schedule", round_, len(order)), kind="stable")]
-  earlier = np.zeros(len(order), np.int64)
-  for bucket in range(len(counts)):
-    earlier[order == bucket] = np.arange(counts[bucket])
-  return order, earlier
-
-
-def draws(stream: str, position: int, count: int) -> np.ndarray:
-  """`count` uniform 64-bit words, a pure function of (stream, position); NumPy keeps bit generators stable for ever."""
-  key = np.frombuffer(hashlib.blake2b(stream.encode(), digest_size=16).digest(), "<u8")
-  return np.random.Philox(key=key, counter=[0, position, 0, 0]).random_raw(count)

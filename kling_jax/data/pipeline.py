@@ -1,7 +1,7 @@
 """Batches as a pure function of (sources, seed, step): random access, so that resuming needs the step alone.
 
     step --Schedule--> (bucket, k) --> rows k * B .. (k + 1) * B of the bucket's endless stream of clips
-    stream of a bucket: each source's clips in an order reshuffled every epoch (Grain), sources mixed by weight
+    stream of a bucket: sources mixed by weight, the clips of each in an order reshuffled every epoch
     row --> clip, start of its frames, flip: from the seed and the row's place in the stream
 
 A process builds the rows [p B / P, (p + 1) B / P) of each global batch; concatenated over the processes they are the
@@ -10,7 +10,6 @@ same bytes for every number of processes, threads and workers.
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import heapq
 import logging
@@ -25,6 +24,7 @@ from absl import flags
 
 from kling_jax.data import buckets as buckets_lib
 from kling_jax.data import mixture as mixture_lib
+from kling_jax.data import order
 from kling_jax.data.buckets import Bucket
 from kling_jax.data.cache import LatentCache, TextCache, pad_text, text_variant
 from kling_jax.data.conditions import Percentiles
@@ -176,41 +176,31 @@ class Batches:
 
   def _plan(self, costs: Sequence[int]) -> None:
     """The schedule of steps over buckets, and in each bucket of rows over sources."""
-    found = [self.sources.source_of(clips) for clips in self.clips]
-    counts = [np.bincount(sources, minlength=len(self.sources.sources)).tolist() for sources in found]
-    whole = [sum(column) for column in zip(*counts, strict=True)]
-    self.rates = [mixture_lib.rates(count, whole, self.sources.weights) for count in counts]
-    self._mixed = [bool(self.sources.weights) and sum(map(bool, count)) > 1 for count in counts]
-    weights = [sum(rate) * cost / size for rate, cost, size in zip(self.rates, costs, self.sizes, strict=True)]
-    self.schedule = buckets_lib.Schedule(weights, self.seed) if weights else None
-
-  def __getstate__(self) -> dict[str, Any]:
-    return {key: value for key, value in self.__dict__.items() if key != "_streams"}
+    names = range(len(self.sources.sources))
+    parts = [[clips[self.sources.source_of(clips) == source] for source in names] for clips in self.clips]
+    whole = [sum(len(split[source]) for split in parts) for source in names]
+    rates = [mixture_lib.rates([len(part) for part in split], whole, self.sources.weights) for split in parts]
+    self._mixed: list[tuple[order.Schedule | None, list[np.ndarray]]] = []
+    for b, (split, rate) in enumerate(zip(parts, rates, strict=True)):
+      if self.sources.weights:
+        self._mixed.append((order.Schedule(rate, f"{self._tag(b)}/sources"), split))
+      else:  # one permutation over the clips of all sources
+        self._mixed.append((None, [self.clips[b]]))
+    weights = [sum(rate) * cost / size for rate, cost, size in zip(rates, costs, self.sizes, strict=True)]
+    self.schedule = order.Schedule(weights, f"{self.seed}/buckets") if weights else None
 
   # ---- which clip stands where -------------------------------------------------------------------------------------
 
-  @functools.cached_property
-  def _streams(self) -> tuple[grain.MapDataset, ...]:
-    """For each bucket the endless sequence of clip numbers; cheap to rebuild, so not pickled."""
-    return tuple(self._stream(b) for b in range(len(self.buckets)))
-
-  def _stream(self, b: int) -> grain.MapDataset:
-    def shuffled(clips: np.ndarray, part: str) -> grain.MapDataset:
-      # Grain adds the epoch to the seed, so that seeds of different streams must lie far apart.
-      return grain.MapDataset.source(clips).seed(_seed(f"{self._tag(b)}/{part}")).shuffle().repeat(None)
-
-    clips = self.clips[b]
-    if not self._mixed[b]:
-      return shuffled(clips, "all")
-    source_of = self.sources.source_of(clips)
-    parts = [s for s, rate in enumerate(self.rates[b]) if rate > 0]
-    return grain.MapDataset.mix(
-      [shuffled(clips[source_of == s], self.sources.sources[s].fingerprint) for s in parts],
-      [self.rates[b][s] for s in parts],
-    )
-
   def _tag(self, b: int) -> str:
+    """Names the streams of bucket b; by its shape, so that further buckets leave its order alone."""
     return f"{self.seed}/{self.buckets[b].name}"
+
+  def _clip(self, b: int, place: int) -> int:
+    """The clip at `place` of bucket b's stream: the source by weight, then its clips, reshuffled every epoch."""
+    mixed, parts = self._mixed[b]
+    part, k = mixed.at(place) if mixed else (0, place)
+    clips = parts[part]
+    return int(clips[order.shuffled(f"{self._tag(b)}/{part}", k, len(clips))])
 
   def at(self, step: int) -> tuple[int, range]:
     """The bucket of `step`, and the places in its stream that this process builds.
@@ -229,8 +219,8 @@ class Batches:
 
   def _row(self, b: int, place: int) -> Row:
     """The row at `place` of bucket b's stream; two draws place it in its clip."""
-    late, side = buckets_lib.draws(f"{self._tag(b)}/row", place, 2)
-    clip = int(self._streams[b][place])
+    late, side = order.draws(f"{self._tag(b)}/row", place, 2)
+    clip = self._clip(b, place)
     slack_s = max(buckets_lib.slack_s(self.sources.info(clip), self.buckets[b]), 0.0)
     return Row(clip, slack_s * (int(late) / 2**64), self.flip and bool(int(side) >> 63))
 
@@ -413,10 +403,6 @@ def _bucket(bucket: Bucket | Sequence[int], fps: float | None) -> Bucket:
   if len(bucket) != 3 or fps is None:
     raise ConfigError(f"bucket {tuple(bucket)} must be (frames, height, width), with data.fps beside it")
   return Bucket(int(bucket[0]), int(bucket[1]), int(bucket[2]), float(fps))
-
-
-def _seed(text: str) -> int:
-  return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "little")
 
 
 def _check_choice(name: str, value: str, legal: Sequence[str]) -> None:
