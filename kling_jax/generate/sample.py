@@ -179,7 +179,7 @@ class Model:
     codec = self.task.geometry
     latent_frames = codec.latent_shape(*size)[0]
     if request.image:
-      start, count = next(decode.iterate(request.image, size=(height, width)))[2][None], 1
+      start, count = decode.image(request.image, (height, width))[None], 1
     elif request.video:
       count = min(max(self.config.history.frames, 1), latent_frames - 1)
       start = tail(request.video, 1 + codec.temporal * (count - 1), fps, height, width)

@@ -1,0 +1,146 @@
+"""`kling demo`: the whole chain in minutes: films (or your footage), curate, train, sample, and a page that shows it."""
+
+import contextlib
+import pathlib
+import resource
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from kling_jax import config as config_lib
+from kling_jax import page
+from kling_jax.curation import curate
+from kling_jax.curation import report as curation_report
+from kling_jax.data import encode, films, records
+from kling_jax.errors import UsageError
+from kling_jax.generate import sample
+from kling_jax.measure import clip as measure
+from kling_jax.train import loop, metrics
+
+FILMS, FILM_SECONDS, FILM_SIZE = 10, 10.0, (144, 256)
+FRAMES, SIDE, FPS = 9, 64, 8.0  # what the model sees: a second of 64 x 64 pixels
+STEPS = 400
+PROMPTS = 4
+LEVELS = ("low", "high")
+
+
+def run(workdir: pathlib.Path, videos: str | None = None, steps: int | None = None) -> str:
+  """Runs the chain in `workdir`; called again, finished parts are not repeated.
+
+  Args:
+    workdir: gets films/ (where none are given), set/, train/, samples/ and report/index.html.
+    videos: folder of your own videos, with captions beside them where there are any; None renders films.
+    steps: training steps.
+
+  Returns:
+    A few lines that say what happened and where the page is.
+  """
+  page.require()
+  clock: dict[str, float] = {}
+  if videos is not None and not pathlib.Path(videos).is_dir():
+    raise UsageError(f"--videos {videos} is no folder")
+  if videos is None:
+    with _timed(clock, "render films"):
+      if not (workdir / "films" / "films.json").exists():
+        films.render_films(workdir / "films", FILMS, FILM_SECONDS, FILM_SIZE)
+    videos = str(workdir / "films")
+  with _timed(clock, "curate"):
+    funnel = curate.curate(videos, workdir / "set", curate.Options(report=False))
+  with _timed(clock, "train"):
+    loop.run(_config(workdir / "set", STEPS if steps is None else steps), workdir / "train")
+  with _timed(clock, "sample"):
+    requests = _requests(workdir / "set")
+    model = sample.Model(workdir / "train")
+    clips = model(requests)
+    sample.write(clips, workdir / "samples" / "sample.mp4", FPS)
+  motion = _motion(requests, clips)
+  rows = metrics.read(workdir / "train" / "metrics.jsonl")
+  facts = {
+    "clips kept": funnel.kept,
+    "first loss": f"{rows[0]['loss']:.3f}",
+    "last loss": f"{rows[-1]['loss']:.3f}",
+    "motion, asked low": f"{motion['low']:.3f}",
+    "motion, asked high": f"{motion['high']:.3f}",
+    "minutes": f"{sum(clock.values()) / 60:.1f}",
+  }
+  _report(workdir, funnel, facts, rows, requests, clips, clock)
+  lines = [f"{name}: {value}" for name, value in facts.items()]
+  return "\n".join([*lines, f"page: {workdir / 'report' / 'index.html'}"])
+
+
+def _config(clip_set: pathlib.Path, steps: int) -> Any:
+  """A small text-to-video run on the set: XS, a second of 64 x 64 pixels."""
+  c = config_lib.load("video_dit:size=XS")
+  kept = len(records.RecordSource(clip_set))
+  c.update_from_flattened_dict({
+    "steps": steps, "data.sources": (str(clip_set),), "data.buckets": ((FRAMES, SIDE, SIDE),), "data.fps": FPS,
+    "data.batch": min(16, kept), "data.threads": 2, "text.width": 128, "text.depth": 1, "text.tokens": 128,
+    "optimizer.lr": 2e-3, "optimizer.schedule": "wsd", "optimizer.warmup": min(40, steps), "ema.decay": 0.99,
+    "validation.every": max(steps // 4, 1), "validation.rows": 32, "checkpoint.every": max(steps // 2, 1),
+    "data.validation_fraction": 0.1, "log.every": 5, "sample.steps": 24, "sample.scores": 3.0,
+  })  # fmt: skip
+  return c
+
+
+def _requests(clip_set: pathlib.Path) -> list[sample.Request]:
+  """The same prompts and seeds once with low and once with high motion; prompts are captions of the set."""
+  source = records.RecordSource(clip_set)
+  captions = list(dict.fromkeys(source.info(number).caption for number in range(len(source))))[:PROMPTS]
+  captions = (captions * PROMPTS)[:PROMPTS]
+  return [
+    sample.Request(caption, seed=seed, scores={"motion": level})
+    for level in LEVELS
+    for seed, caption in enumerate(captions)
+  ]
+
+
+def _motion(requests: list[sample.Request], clips: list[np.ndarray]) -> dict[str, float]:
+  """Mean measured motion of the samples of each level, in the unit of the scorer."""
+  times_s = np.arange(FRAMES) / FPS
+  found: dict[str, list[float]] = {level: [] for level in LEVELS}
+  for request, frames in zip(requests, clips, strict=True):
+    found[str(request.scores["motion"])].append(measure.score(frames, times_s)["motion"].value)
+  return {level: float(np.mean(values)) for level, values in found.items()}
+
+
+def _report(
+  workdir: pathlib.Path, funnel: Any, facts: dict, rows: list[dict], requests: list, clips: list, clock: dict[str, float]
+) -> None:
+  document = page.Page("kling_jax demo", "From footage to a trained, sampled Video DiT on this machine.")
+  document.section("In short")
+  document.facts(facts)
+  document.section("Samples", "The same prompts and noise, told low and high motion (1st and 99th percentile of the set).")
+  tiles = []
+  for low, high in zip(range(PROMPTS), range(PROMPTS, 2 * PROMPTS), strict=True):
+    for number in (low, high):
+      media = encode.encode(clips[number], fps=FPS)
+      level = str(requests[number].scores["motion"])
+      tiles.append(page.Tile(media, requests[number].prompt or "(no caption)", note=f"{level} motion"))
+  document.gallery(tiles)
+  document.section("Training")
+  steps, loss = [row["step"] for row in rows], [row["loss"] for row in rows]
+  checked = [row for row in rows if "val_loss" in row]
+  curves = {"training": (steps, loss)}
+  if checked:
+    curves["validation (EMA, fixed table)"] = ([row["step"] for row in checked], [row["val_loss"] for row in checked])
+  document.chart(page.lines(curves, "step", "loss", log_y=True), "Loss")
+  last = rows[-1]
+  document.facts({
+    "steps": last["step"], "tokens": f"{last['tokens']:,}", "tokens a second": f"{last['tokens_per_s']:,.0f}",
+    "share of peak": f"{last.get('mfu', float('nan')):.1%}", "waiting for data": f"{last['data_wait']:.2%}",
+  })  # fmt: skip
+  curation_report.add(document, workdir / "set", funnel)
+  document.section("Time and memory")
+  document.table(("part", "seconds"), [(name, round(seconds, 1)) for name, seconds in clock.items()])
+  peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+  document.facts({"peak memory of one process": f"{peak / 2**20:.2f} GiB"})
+  document.write(workdir / "report" / "index.html")
+
+
+@contextlib.contextmanager
+def _timed(clock: dict[str, float], name: str) -> Iterator[None]:
+  start = time.perf_counter()
+  yield
+  clock[name] = time.perf_counter() - start
