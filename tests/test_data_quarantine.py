@@ -5,6 +5,7 @@ import os
 import pathlib
 import pickle
 
+import av
 import hypothesis
 import hypothesis.strategies as st
 import numpy as np
@@ -67,6 +68,19 @@ def test_a_codec_that_nobody_knows(tmp_path: pathlib.Path, clip: bytes) -> None:
   assert quarantine.classify(tmp_path / "a.mp4").reason == "unsupported_codec"
   (tmp_path / "b.mp4").write_text("#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\na.mp4\n#EXT-X-ENDLIST\n")
   assert quarantine.classify(tmp_path / "b.mp4").reason in ("unsupported_codec", "unreadable")
+
+
+def test_titles_that_are_no_utf8_do_no_harm(tmp_path: pathlib.Path) -> None:
+  with av.open(str(tmp_path / "a.mkv"), "w") as container:
+    container.metadata["title"] = "cafeteria"
+    stream = container.add_stream("ffv1", rate=5)
+    stream.width, stream.height, stream.pix_fmt = 16, 16, "yuv444p"
+    container.mux(stream.encode(av.VideoFrame(16, 16, "yuv444p")))
+    container.mux(stream.encode(None))
+  media = (tmp_path / "a.mkv").read_bytes()
+  assert b"cafeteria" in media
+  (tmp_path / "a.mkv").write_bytes(media.replace(b"cafeteria", b"caf\xe9teria"))
+  assert quarantine.classify(tmp_path / "a.mkv").outcome == "accept"
 
 
 def test_what_is_no_file(tmp_path: pathlib.Path) -> None:

@@ -7,6 +7,7 @@ import io
 import os
 import stat
 import time
+import typing
 from collections.abc import Iterator
 
 import av
@@ -24,6 +25,9 @@ _FORMATS = (
   "png_pipe,jpeg_pipe,jpegls_pipe,jpegxl_pipe,webp_pipe,bmp_pipe,tiff_pipe,gif_pipe,ppm_pipe,pgm_pipe,psd_pipe,exr_pipe"
 )
 _LONGEST_LIST_OF_DAMAGE = 16
+
+# Titles in Latin-1 are common; only releases below 19 stumble over them.
+_TAGS: dict[str, typing.Any] = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
 
 # FFmpeg reports every damaged macroblock on standard error; what matters of it reaches the user as a reason.
 av.logging.set_level(av.logging.PANIC)
@@ -85,7 +89,7 @@ class Video:
     self._check_size(context.width, context.height)
     context.thread_count = limits.threads
     context.thread_type = "AUTO" if limits.threads != 1 else "NONE"
-    self.time_base = fractions.Fraction(self.stream.time_base or fractions.Fraction(1, 1000))
+    self.time_base = rational(self.stream.time_base) or fractions.Fraction(1, 1000)
 
   @property
   def width(self) -> int:
@@ -94,6 +98,11 @@ class Video:
   @property
   def height(self) -> int:
     return self.stream.codec_context.height
+
+  @property
+  def rate(self) -> fractions.Fraction | None:
+    """Frames per second as the container states it; None where it does not."""
+    return rational(self.stream.average_rate) or rational(self.stream.guessed_rate)
 
   def close(self) -> None:
     self.container.close()
@@ -181,8 +190,7 @@ class Video:
     """How long `frame` shows, in ticks: its own duration, else one frame of the stream's rate; at least 1."""
     if frame.duration:
       return max(1, int(frame.duration))
-    rate = self.stream.average_rate or self.stream.guessed_rate
-    return max(1, round(1 / (rate * self.time_base))) if rate else 1
+    return max(1, round(1 / (self.rate * self.time_base))) if self.rate else 1
 
   def seek(self, pts: int) -> bool:
     """Moves to a keyframe at or before `pts` where the container can; returns whether it could."""
@@ -228,10 +236,10 @@ def open_video(
     container = av.open(
       target,
       "r",
-      metadata_errors="replace",
       timeout=limits.seconds,
       options={"max_pixels": str(limits.pixels)},
       container_options={"format_whitelist": _FORMATS, "protocol_whitelist": "file"},
+      **_TAGS,
     )
   except av.error.ExitError as error:
     raise reasons.MediaError(name, "timeout", f"opening took longer than {limits.seconds:g} s") from error
@@ -250,6 +258,13 @@ def open_video(
     video = Video(name, container, limits, deadline, stills)
     on_error.pop_all()
   return video
+
+
+def rational(value: typing.Any) -> fractions.Fraction | None:
+  """A rate or time base of PyAV (Fraction or None up to 18, AVRational from 19) as a Fraction above 0, else None."""
+  if value is None or value.numerator <= 0 or value.denominator <= 0:
+    return None
+  return fractions.Fraction(int(value.numerator), int(value.denominator))
 
 
 def _first_bytes(name: str) -> tuple[bytes, bool]:

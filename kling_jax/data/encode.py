@@ -86,7 +86,7 @@ def cut(
   with decode.Cursor(source, limits) as cursor:
     video = cursor.video
     tick = video.time_base
-    rate = video.stream.average_rate or video.stream.guessed_rate or fractions.Fraction(25)
+    rate = video.rate or fractions.Fraction(25)
     stamped = _restamped(cursor.span(start_pts, end_pts), end_pts, short_side, cursor)
     first = next(stamped, None)
     if first is None:
@@ -181,8 +181,8 @@ def _mux(
     stream = container.add_stream("libx264", rate=rate)
     stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
     # swscale puts chroma in the middle of its four pixels; untagged it would be shown a quarter pixel too far left.
-    options = {"crf": str(crf), "preset": "veryfast", "bf": "0", "g": str(keyframe_every)}
-    stream.options = options | {"x264-params": "chromaloc=1"}
+    options = {"crf": str(crf), "preset": "veryfast", "bf": "0", "g": str(keyframe_every), "x264-params": "chromaloc=1"}
+    stream.options = options
     context = stream.codec_context
     context.time_base = tick
     context.thread_count = 1  # x264's output depends on the number of its threads.

@@ -91,7 +91,7 @@ def probe(
     pts, first = walk.pts, walk.first
     end_pts = int(pts[-1]) + walk.last_duration
     height, width = picture.upright_size(first)
-    aspect = video.stream.sample_aspect_ratio
+    aspect = container.rational(video.stream.sample_aspect_ratio)
     return VideoInfo(
       source=video.source,
       container=video.container.format.name,
@@ -129,8 +129,9 @@ def _walk(video: container.Video, decode: bool) -> _Walk:
   durations: dict[int, int] = {}
   num_packets, end_s = 0, float("-inf")
   for packet in video.packets():
-    if packet.size and packet.pts is not None and not packet.is_discard and packet.time_base:
-      end_s = max(end_s, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+    tick = container.rational(packet.time_base)
+    if packet.size and packet.pts is not None and not packet.is_discard and tick:
+      end_s = max(end_s, float((packet.pts + (packet.duration or 0)) * tick))
     if packet.stream.index != video.stream.index:
       continue
     num_packets += packet.size > 0
