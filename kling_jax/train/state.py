@@ -83,7 +83,7 @@ class Update:
     updates, opt = self.tx.update(gradient, state["opt"], trained)
     new = optax.apply_updates(trained, updates)
     decay = ema_decay(self.config.ema.decay, state["guard"]["updates"])
-    ema = jax.tree.map(lambda average, value: decay * average + (1 - decay) * value, state["ema"], new)
+    ema = jax.tree.map(lambda average, value: average + (1 - decay) * (value - average), state["ema"], new)
     keep = lambda fresh, old: jax.tree.map(lambda a, b: jnp.where(accept, a, b), fresh, old)
     metrics = {**metrics, "loss": loss, "grad_norm": norm, "lr": self.rate(state["guard"]["updates"])}
     metrics |= {"skipped": guard["skipped"], "streak": guard["streak"]}
