@@ -46,6 +46,7 @@ class Row:
   """Where one row of a batch comes from: a clip of the mixture and the frames that it shows."""
 
   clip: int
+  info: ClipInfo
   start_s: float
   flip: bool
 
@@ -221,8 +222,9 @@ class Batches:
     """The row at `place` of bucket b's stream; two draws place it in its clip."""
     late, side = order.draws(f"{self._tag(b)}/row", place, 2)
     clip = self._clip(b, place)
-    slack_s = max(buckets_lib.slack_s(self.sources.info(clip), self.buckets[b]), 0.0)
-    return Row(clip, slack_s * (int(late) / 2**64), self.flip and bool(int(side) >> 63))
+    info = self.sources.info(clip)
+    slack_s = max(buckets_lib.slack_s(info, self.buckets[b]), 0.0)
+    return Row(clip, info, slack_s * (int(late) / 2**64), self.flip and bool(int(side) >> 63))
 
   # ---- building ----------------------------------------------------------------------------------------------------
 
@@ -244,19 +246,14 @@ class Batches:
 
   def _stack(self, b: int, rows: Sequence[Row], index: Sequence[int]) -> tuple[Batch, list[tuple[str, str]]]:
     failures: list[tuple[str, str]] = []
-    pictures, infos, owners = [], [], []
-    for row in rows:
-      clip, picture = self._picture(b, row, failures)
-      pictures.append(picture)
-      infos.append(self.sources.info(clip))
-      owners.append(self.sources.find(clip)[0])
+    shown = [self._shown(b, row, failures) for row in rows]
+    pictures, infos, clips = [p for p, _, _ in shown], [i for _, i, _ in shown], [c for _, _, c in shown]
     batch = {"latents" if self.latents else "frames": np.stack(pictures)}
     captions = [info.caption for info in infos]
     if self.texts:
-      embedded = [
-        self.texts[s].get(info.clip_id, info.caption) for s, info in zip(owners, infos, strict=True)
-      ]  # fmt: skip
-      batch["text"], batch["text_mask"] = pad_text(embedded, self.text_length)
+      owners = self.sources.source_of(np.asarray(clips))
+      texts = [self.texts[s].get(info.clip_id, info.caption) for s, info in zip(owners, infos, strict=True)]
+      batch["text"], batch["text_mask"] = pad_text(texts, self.text_length)
     elif self.tokenizer is not None:
       batch["tokens"], batch["tokens_mask"] = self.tokenizer(captions)
     told = [self.percentiles.of_clip(info.scores, f"clip {info.clip_id}") for info in infos]
@@ -266,31 +263,32 @@ class Batches:
     batch["index"] = np.asarray(index, np.uint32)
     return batch, failures
 
-  def _picture(self, b: int, row: Row, failures: list[tuple[str, str]]) -> tuple[int, np.ndarray]:
-    """(clip, its frames or latents); a clip that cannot be decoded gives its row to the next one of the bucket.
+  def _shown(self, b: int, row: Row, failures: list[tuple[str, str]]) -> tuple[np.ndarray, ClipInfo, int]:
+    """(frames or latents, header, number) of a row's clip; where it cannot be decoded, of the bucket's next clip.
 
     The choice depends on the files alone, never on what this run saw before, so every run and process agrees.
     """
     bucket, clips = self.buckets[b], self.clips[b]
     if self.latents:
       cache = self.latents[self.sources.find(row.clip)[0]]
-      return row.clip, cache.get(self.sources.info(row.clip).clip_id, bucket.name)
+      return cache.get(row.info.clip_id, bucket.name), row.info, row.clip
     first = int(np.searchsorted(clips, row.clip))
     tries = min(FAILURES_IN_A_ROW, len(clips))
-    last: DataError | None = None
-    for clip in (int(clips[(first + ahead) % len(clips)]) for ahead in range(tries)):
-      slack_s = max(buckets_lib.slack_s(self.sources.info(clip), bucket), 0.0)
-      times_s = min(row.start_s, slack_s) + np.arange(bucket.frames) / bucket.fps
+    clip, info = row.clip, row.info
+    for ahead in range(1, tries + 1):
+      start_s = min(row.start_s, max(buckets_lib.slack_s(info, bucket), 0.0))
+      times_s = start_s + np.arange(bucket.frames) / bucket.fps
       try:
         frames_THWC = self.sources.frames(clip, times_s, bucket.height, bucket.width)
       except DataError as error:
-        failures.append((self.sources.info(clip).clip_id, str(error)))
-        last = error
+        failures.append((info.clip_id, str(error)))
+        clip = int(clips[(first + ahead) % len(clips)])
+        info = self.sources.info(clip)
         continue
-      return clip, frames_THWC[:, :, ::-1] if row.flip else frames_THWC
+      return frames_THWC[:, :, ::-1] if row.flip else frames_THWC, info, clip
     raise DataError(
-      f"{tries} clips of bucket {bucket.name} that follow each other cannot be decoded, the last one: {last}; "
-      "check the set with `kling data verify`"
+      f"{tries} clips of bucket {bucket.name} that follow each other cannot be decoded, the last one: "
+      f"{failures[-1][1]}; check the set with `kling data verify`"
     )
 
   def _note(self, failures: Sequence[tuple[str, str]], step: int) -> None:
@@ -360,8 +358,9 @@ class Batches:
       size = min(self.sizes[b], -(-wanted // self.multiple_of) * self.multiple_of)
       wanted = -(-wanted // size) * size
       chosen = heapq.nsmallest(wanted, clips.tolist(), key=self._hash_of)
-      slack_s = [max(buckets_lib.slack_s(self.sources.info(clip), bucket), 0.0) for clip in chosen]
-      rows = [Row(clip, slack / 2, False) for clip, slack in zip(chosen, slack_s, strict=True)]
+      infos = [self.sources.info(clip) for clip in chosen]
+      late = [max(buckets_lib.slack_s(info, bucket), 0.0) / 2 for info in infos]
+      rows = [Row(*row, flip=False) for row in zip(chosen, infos, late, strict=True)]
       for start in range(0, wanted, size):
         places = self._slice(start, size)
         batch, failures = self._stack(b, [rows[p % len(rows)] for p in places], [number + p for p in places])
@@ -386,8 +385,9 @@ class _Steps:
   def __getitem__(self, step: Any) -> tuple[Batch | None, list[tuple[str, str]], Exception | None]:
     try:
       return (*self._batches._build(int(step)), None)
-    except KlingError as error:
-      return None, [], error
+    except KlingError as error:  # subclasses may take other arguments than pickle gives them
+      kind = next(kind for kind in type(error).__mro__ if kind.__module__ == KlingError.__module__)
+      return None, [], kind(str(error))
     except Exception as error:  # noqa: BLE001  raised again in the caller's process, with its traceback
       return None, [], RuntimeError(f"building the batch of step {step} failed: {error!r}\n{traceback.format_exc()}")
 
