@@ -84,14 +84,18 @@ def test_v_and_velocity_determine_everything_at_both_ends(process, kind, time):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("time", [0.0, 1e-7, 1e-3, 1 - 6e-8, 1.0])
 @every_process
-def test_values_and_gradients_are_finite_everywhere(process, kind, time):
+def test_values_and_gradients_are_finite_everywhere(process, kind):
   process = dataclasses.replace(process, prediction=kind)
-  total = lambda prediction, x_t: sum(part.sum() for part in process.estimate(prediction, x_t, time))
-  for gradient in jax.grad(total, (0, 1))(x0, noise):
-    assert np.isfinite(gradient).all()
-  assert all(np.isfinite(part).all() for part in process.estimate(x0, noise, time))
+  prediction, x_t = np.random.default_rng(2).standard_normal((2, 5, 3)).astype(np.float32)
+  time_B = jnp.array([0.0, 1e-7, 1e-3, 1 - 6e-8, 1.0])
+
+  def total(prediction, x_t):
+    estimate = process.estimate(prediction, x_t, time_B)
+    return sum(part.sum() for part in estimate), estimate
+
+  gradients, estimate = jax.jit(jax.grad(total, (0, 1), has_aux=True))(prediction, x_t)
+  assert all(np.isfinite(part).all() for part in (*gradients, *estimate))
 
 
 def test_what_is_undetermined_at_an_end_is_its_mean():

@@ -54,19 +54,19 @@ def error(process, method, times):
   return float(jnp.abs(run(path(process, times[0])) - path(process, times[-1])).max())
 
 
-def order(process, method, grids):
-  errors = [error(process, method, times) for times in grids]
-  return np.log2(errors[0] / errors[-1]) / (len(errors) - 1)
+def order(process, method, coarse, fine):
+  ratio = error(process, method, coarse) / error(process, method, fine)
+  return np.log(ratio) / np.log((len(fine) - 1) / (len(coarse) - 1))
 
 
 @pytest.mark.parametrize(("method", "expected"), [("euler", 1), ("ddim", 1), ("heun", 2)])
-@pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES)
-def test_order_of_convergence_from_noise_to_data(process, method, expected):
-  grids = [grid(process, steps) for steps in (16, 32, 64)]
-  assert order(process, method, grids) == pytest.approx(expected, abs=0.12)
+@pytest.mark.parametrize("name", ["flow", "v", "v-scaled_linear"])
+def test_order_of_convergence_from_noise_to_data(name, method, expected):
+  process = PROCESSES[name]
+  assert order(process, method, grid(process, 16), grid(process, 64)) == pytest.approx(expected, abs=0.12)
 
 
-@pytest.mark.parametrize("name", ["flow", "v", "x"])
+@pytest.mark.parametrize("name", ["flow", "v"])
 def test_order_of_dpmpp_2m_where_its_theory_holds(name):
   """Even steps in log(a / b) between finite ends; the first step is of first order and its error is of second."""
   process = PROCESSES[name]
@@ -74,20 +74,21 @@ def test_order_of_dpmpp_2m_where_its_theory_holds(name):
   a, b = process.coefficients(fine)
   log_ratio = jnp.log(a / b)
   even = lambda steps: jnp.interp(jnp.linspace(-3.0, 3.0, steps + 1), log_ratio[::-1], fine[::-1])
-  assert order(process, "dpmpp_2m", [even(steps) for steps in (16, 32, 64)]) == pytest.approx(2, abs=0.2)
+  assert order(process, "dpmpp_2m", even(16), even(64)) == pytest.approx(2, abs=0.2)
 
 
-@pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES)
-def test_dpmpp_2m_from_noise_to_data_beats_first_order(process):
+@pytest.mark.parametrize("name", ["flow", "v", "v-scaled_linear"])
+def test_dpmpp_2m_from_noise_to_data_beats_first_order(name):
   """From time 1 to 0 log(a / b) is infinite at both ends; order 2 up to a logarithm remains."""
-  grids = [grid(process, steps) for steps in (64, 128, 256)]
-  assert order(process, "dpmpp_2m", grids) > 1.4
-  assert error(process, "dpmpp_2m", grids[0]) < error(process, "ddim", grids[0]) / 5
+  process = PROCESSES[name]
+  assert order(process, "dpmpp_2m", grid(process, 64), grid(process, 256)) > 1.4
+  assert error(process, "dpmpp_2m", grid(process, 64)) < error(process, "ddim", grid(process, 64)) / 5
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES)
-def test_mean_and_variance_are_exact_in_the_limit(process, method):
+@pytest.mark.parametrize("name", ["v", "x"])
+def test_mean_and_variance_are_exact_in_the_limit(name, method):
+  process = PROCESSES[name]
   noise = jax.random.normal(jax.random.key(0), (4096, 1))
   noise = (noise - noise.mean()) / noise.std()
   times = grid(process, 512)
@@ -98,7 +99,7 @@ def test_mean_and_variance_are_exact_in_the_limit(process, method):
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES)
-@pytest.mark.parametrize("steps", [1, 2, 5])
+@pytest.mark.parametrize("steps", [1, 4])
 def test_a_point_of_data_is_reached_exactly_in_any_number_of_steps(process, method, steps):
   """Data without spread: the path is a straight line to it. Step 1 starts where the signal is exactly 0."""
   times = sampler_lib.times(steps, shift=3.0)
@@ -114,8 +115,8 @@ def test_ddim_is_euler_in_straight_coordinates(process):
   np.testing.assert_allclose(euler, ddim, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["x0", "noise", "v", "velocity"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", ["x0", "noise", "v"])
+@pytest.mark.parametrize("method", ["heun", "dpmpp_2m"])
 def test_what_the_network_predicts_does_not_matter(kind, method):
   """The same knowledge in four parameterisations; eps says nothing about x0 at time 1, so start just below it."""
   process = dataclasses.replace(PROCESSES["flow"], prediction=kind)

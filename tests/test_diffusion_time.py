@@ -43,13 +43,12 @@ def test_shifted_uniform_quantiles():
   assert scipy.stats.kstest(drawn, cdf).pvalue > 0.01
 
 
-@pytest.mark.parametrize("name", ["uniform", "logit_normal"])
-@pytest.mark.parametrize("shape", [(), (5,)])
+@pytest.mark.parametrize(("name", "shape"), [("uniform", ()), ("logit_normal", (5,))])
 def test_a_sample_keeps_its_time_under_any_batch_split(name, shape):
   whole = time_lib.sample(keys_B[:12], name, shape=shape, shift=2.0)
   assert whole.shape == (12, *shape)
   assert whole.dtype == jnp.float32
-  parts = [time_lib.sample(keys_B[start:end], name, shape=shape, shift=2.0) for start, end in ((0, 1), (1, 7), (7, 12))]
+  parts = [time_lib.sample(keys_B[start:end], name, shape=shape, shift=2.0) for start, end in ((0, 2), (2, 12))]
   np.testing.assert_array_equal(whole, jnp.concatenate(parts))
   order = np.random.default_rng(0).permutation(12)
   np.testing.assert_array_equal(whole[order], time_lib.sample(keys_B[order], name, shape=shape, shift=2.0))
