@@ -181,8 +181,13 @@ def _mux(
     stream = container.add_stream("libx264", rate=rate)
     stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
     # swscale puts chroma in the middle of its four pixels; untagged it would be shown a quarter pixel too far left.
-    options = {"crf": str(crf), "preset": "veryfast", "bf": "0", "g": str(keyframe_every), "x264-params": "chromaloc=1"}
-    stream.options = options
+    stream.options = {
+      "crf": str(crf),
+      "preset": "veryfast",
+      "bf": "0",
+      "g": str(keyframe_every),
+      "x264-params": "chromaloc=1",
+    }
     context = stream.codec_context
     context.time_base = tick
     context.thread_count = 1  # x264's output depends on the number of its threads.

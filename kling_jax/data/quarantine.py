@@ -119,6 +119,7 @@ class Log:
       if not text.endswith(b"\n"):
         os.truncate(self.path, text.rfind(b"\n") + 1)
     self.entries: list[Entry] = read(self.path) if self.path.exists() else []
+    self._known = set(self.entries)
 
   def add(self, source: str | os.PathLike[str], reason: Reason, detail: str) -> None:
     """Appends one line and flushes it to the disk."""
@@ -126,7 +127,7 @@ class Log:
       raise ValueError(f"{reason!r} is no quarantine reason; legal: {', '.join(REASONS)}")
     entry = Entry(printable(source), reason, detail)
     with self._lock:
-      if entry in self.entries:
+      if entry in self._known:
         return
       line = json.dumps(dataclasses.asdict(entry)).encode() + b"\n"
       handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
@@ -136,6 +137,7 @@ class Log:
       finally:
         os.close(handle)
       self.entries.append(entry)
+      self._known.add(entry)
 
 
 def read(path: str | os.PathLike[str]) -> list[Entry]:
