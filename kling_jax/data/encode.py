@@ -228,8 +228,8 @@ def _even(rgb: np.ndarray, number: int) -> tuple[int, int]:
 
 def _to_yuv(rgb: np.ndarray, stamp: int, duration: int, tick: fractions.Fraction) -> av.VideoFrame:
   frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(rgb), format="rgb24")
-  frame = frame.reformat(
-    format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG", interpolation=_CHROMA, threads=1
+  frame = picture.reformat(
+    frame, format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG", interpolation=_CHROMA, threads=1
   )
   frame.pts, frame.time_base, frame.duration = stamp, tick, duration
   return frame

@@ -166,13 +166,18 @@ def none_left(where: str, refused: Sequence[quarantine.Verdict]) -> str:
 class Captions:
   """Captions beside a folder's videos, for whole files and for spans of them (see `FolderSource`).
 
+  Args:
+    top: the folder, or a table to be read in place of its caption table; paths start from the table's folder.
+
   Raises:
     DataError: two caption tables, or one without the columns `file` and `caption`.
   """
 
   def __init__(self, top: str | os.PathLike[str]):
     self._rows: dict[str, list[tuple[float, float, str]]] = {}
-    found = [pathlib.Path(top) / name for name in CAPTION_TABLES if (pathlib.Path(top) / name).is_file()]
+    found = [path for path in (pathlib.Path(top) / name for name in CAPTION_TABLES) if path.is_file()]
+    if pathlib.Path(top).is_file():
+      found = [pathlib.Path(top)]
     if len(found) > 1:
       raise errors.DataError(f"{top}: both {' and '.join(CAPTION_TABLES)}; keep one")
     for path in found:
