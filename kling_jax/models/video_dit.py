@@ -245,10 +245,9 @@ class VideoDiT(nnx.Module):
     Raises:
       ConfigError: inputs that do not fit the config or one another.
     """
-    self._check(x_BTHWC, scores_BM, fps_B, context_BTHWC, state_BQD, cache)
+    self._check(x_BTHWC, time, scores_BM, fps_B, context_BTHWC, state_BQD, cache)
     dtype, batch, frames = x_BTHWC.dtype, x_BTHWC.shape[0], x_BTHWC.shape[1]
-    time = jnp.asarray(time, jnp.float32)
-    time_BT = time[:, None] if time.ndim == 1 else time
+    time_BT = jnp.asarray(time, jnp.float32).reshape(batch, -1)
     context_frames = 0
     if context_BTHWC is not None:
       context_frames = context_BTHWC.shape[1]
@@ -256,9 +255,6 @@ class VideoDiT(nnx.Module):
       spread = lambda t_BT, length: jnp.broadcast_to(t_BT, (batch, length))
       time_BT = jnp.concatenate([spread(past, context_frames), spread(time_BT, frames)], axis=1)
       x_BTHWC = jnp.concatenate([context_BTHWC.astype(dtype), x_BTHWC], axis=1)
-    if time_BT.shape[1] not in (1, x_BTHWC.shape[1]):
-      raise ConfigError(f"time has {time_BT.shape[1]} frames, the latents {frames}; give (B,) or one time a frame")
-
     e_BTD = self._embed_time(time_BT, scores_BM, scores_known_BM, fps_B)
     grid = self.config.grid(*x_BTHWC.shape[1:4])
     frame_tokens = grid[1] * grid[2]
@@ -328,10 +324,13 @@ class VideoDiT(nnx.Module):
       outputs.append(new)
     return x_BND, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
 
-  def _check(self, x_BTHWC, scores_BM, fps_B, context_BTHWC, state_BQD, cache):
+  def _check(self, x_BTHWC, time, scores_BM, fps_B, context_BTHWC, state_BQD, cache):
     config = self.config
     if x_BTHWC.ndim != 5 or x_BTHWC.shape[-1] != config.latent_channels:
       raise ConfigError(f"latents {x_BTHWC.shape} are not (B, T, H, W, latent_channels={config.latent_channels})")
+    batch, frames = x_BTHWC.shape[:2]
+    if jnp.shape(time) not in ((batch,), (batch, 1), (batch, frames)):
+      raise ConfigError(f"time {jnp.shape(time)} is neither (B,)=({batch},) nor (B, T)=({batch}, {frames})")
     if scores_BM is not None and scores_BM.shape[1] != len(config.conditions):
       raise ConfigError(f"scores have {scores_BM.shape[1]} columns, the model's conditions are {config.conditions}")
     if fps_B is not None and self.fps is None:
