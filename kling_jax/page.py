@@ -4,6 +4,7 @@ import base64
 import dataclasses
 import html
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -155,9 +156,10 @@ def lines(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], x: str,
   return {"data": data, "layout": {"xaxis": {"title": {"text": x}}, "yaxis": axis, "showlegend": len(data) > 1}}
 
 
-def histogram(groups: Mapping[str, Sequence[float]], x: str, bins: int = 30) -> dict:
-  """A stacked histogram of groups {name: values} over common bins."""
-  values = [value for group in groups.values() for value in group]
+def histogram(groups: Mapping[str, Sequence[float]], x: str, bins: int | None = None) -> dict:
+  """A stacked histogram of groups {name: values} over common bins; by default about 2 sqrt(values) of them."""
+  values = [value for group in groups.values() for value in group if math.isfinite(value)]
+  bins = bins or max(6, min(40, round(2 * len(values) ** 0.5)))
   low, high = (min(values), max(values)) if values else (0.0, 1.0)
   size = (high - low) / bins or 1.0
   data = [
@@ -221,8 +223,19 @@ def _plotly() -> str:
 def _script(charts: list[dict[str, Any]]) -> str:
   """Plotly once, the charts as data, and the few lines that draw them in the reader's colours."""
   # "<" is escaped, so that no text in a chart can end the script element; JSON has no other special characters here.
-  data = json.dumps(charts, allow_nan=False, default=list).replace("<", "\\u003c").replace("\u2028", "\\u2028")
+  data = json.dumps(_plain(charts), allow_nan=False).replace("<", "\\u003c").replace("\u2028", "\\u2028")
   return f"<script>{_plotly()}</script><script>const CHARTS={data};{_DRAW}</script>"
+
+
+def _plain(value: Any) -> Any:
+  """JSON-ready: arrays become lists, values that are not finite become gaps."""
+  if hasattr(value, "tolist"):
+    value = value.tolist()
+  if isinstance(value, Mapping):
+    return {str(key): _plain(item) for key, item in value.items()}
+  if isinstance(value, list | tuple):
+    return [_plain(item) for item in value]
+  return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 _DRAW = """
@@ -282,11 +295,12 @@ td.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowra
   padding: 5px 0; }
 .funnel span { color: var(--soft); font-size: .92rem; }
 .funnel b { font-variant-numeric: tabular-nums; min-width: 6.5em; text-align: right; }
+.funnel + .funnel, .funnel + .facts { margin-top: 16px; }
 .bar { background: var(--page); border-radius: 5px; height: 22px; overflow: hidden; }
 .bar i { display: block; height: 100%; min-width: 2px; border-radius: 5px; background: var(--mark); }
 .funnel ul { grid-column: 2 / 4; list-style: none; display: flex; flex-wrap: wrap; gap: 5px; margin: 0; padding: 0; }
 .funnel li { background: var(--badback); color: var(--bad); border-radius: 99px; padding: 0 9px; font-size: .8rem; }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(290px, 1fr)); gap: 18px; }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(245px, 1fr)); gap: 18px; }
 .chart { min-width: 0; margin-bottom: 8px; }
 .gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(var(--tile), 100%), 1fr)); gap: 16px; }
 figure { margin: 0; min-width: 0; }
