@@ -113,6 +113,11 @@ def test_clarity_of_the_same_picture_at_another_resolution():
   np.testing.assert_allclose(values, values[1], rtol=0.06)
 
 
+def test_clarity_of_white_noise_is_two():
+  noise = np.random.default_rng(0).normal(128, 20, (256, 256, 1)).clip(0, 255).astype(np.uint8).repeat(3, -1)
+  assert clarity(noise[None], np.zeros(1)) == pytest.approx(2.0, rel=0.1)
+
+
 def test_clarity_of_a_flat_frame_is_zero():
   assert clarity(np.full((2, 90, 160, 3), 77, np.uint8), np.arange(2.0)) == 0.0
 

@@ -1,4 +1,4 @@
-"""Clarity of a clip: how sharp its sharpest edges are, as a share of the sharpest that the measuring size can show."""
+"""Clarity of a clip: how sharp its strongest structures are; 1 for an ideal edge, more for fine texture."""
 
 import cv2
 import numpy as np
@@ -12,15 +12,16 @@ MOST_FRAMES = 8
 
 
 def clarity(frames_THWC: np.ndarray, times_s: np.ndarray) -> float:
-  """Laplacian energy over gradient energy at the strongest edges, in (0, 1]; 0 for flat frames. Median over frames.
+  """Laplacian energy over gradient energy at the strongest edges; 0 for flat frames. Median over frames.
 
   A step edge under a Gaussian of total deviation s has, per unit length, the gradient energy a^2 / (2 sqrt(pi) s) and
   the Laplacian energy a^2 / (4 sqrt(pi) s^3): their ratio 1 / (2 s^2) holds neither the contrast a nor the number of
   edges. With the smoothing s0 = 1 pixel at 256 pixels on the shorter side and a blur b already in the picture,
 
-    clarity = s0 * sqrt(2 * Laplacian energy / gradient energy) = s0 / sqrt(s0^2 + b^2).
+    clarity = s0 * sqrt(2 * Laplacian energy / gradient energy) = s0 / sqrt(s0^2 + b^2)
 
-  Noise and blocking artefacts count as edges (the known weakness of all Laplacian measures).
+  at an edge: 1 for an ideal one. Texture finer than edges reads up to 2, the value of white noise: noise and blocking
+  artefacts count as sharpness (the known weakness of all Laplacian measures).
 
   Args:
     frames_THWC: uint8 RGB; at most 8, evenly spread, are looked at.
@@ -51,4 +52,4 @@ def _frame_clarity(frame_HWC: np.ndarray) -> float:
   if total < 1e-3 * strong.sum():  # a flat frame: mean gradient below 0.03 of 255 grey levels a pixel
     return 0.0
   ratio = float(laplacian_energy[strong].sum(dtype=np.float64)) / total
-  return float(min(SMOOTHING * np.sqrt(2 * ratio), 1.0))
+  return float(SMOOTHING * np.sqrt(2 * ratio))
