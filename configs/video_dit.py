@@ -56,6 +56,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
   c.text.width = 4096 if large else 256
   c.text.depth = 2  # layers of the byte encoder
   c.text.tokens = 512 if large else 160  # longest caption
+  c.text.weights = placeholder(str)  # cached: work directory of the byte encoder that filled the cache
 
   c.diffusion = ml_collections.ConfigDict()
   c.diffusion.process = "flow"  # flow, v, x

@@ -126,9 +126,9 @@ class Reference:
 
   def attention(self, name, block, x):
     flat = self.norm(block.norm, x).reshape(*x.shape[:2], -1, x.shape[-1])
-    q, k, v = jnp.split(flat @ block.qkv.kernel[...] + block.qkv.bias[...], 3, -1)
+    q, k, v = jnp.split(flat @ block.qkv.kernel[0, 0] + block.qkv.bias[...], 3, -1)
     weights = jax.nn.softmax(jnp.einsum("btnc,btmc->btnm", q, k) / np.sqrt(x.shape[-1]))
-    mixed = jnp.einsum("btnm,btmc->btnc", weights, v) @ block.out.kernel[...] + block.out.bias[...]
+    mixed = jnp.einsum("btnm,btmc->btnc", weights, v) @ block.out.kernel[0, 0] + block.out.bias[...]
     return x + mixed.reshape(x.shape)
 
   def down(self, name, block, x):
@@ -191,11 +191,21 @@ def test_wan_2_1_has_its_released_shape():
   assert shapes["encoder.stem.kernel"].shape == (3, 3, 3, 3, 96)
   assert shapes["encoder.head.kernel"].shape == (3, 3, 3, 384, 32)
   assert shapes["decoder.head.kernel"].shape == (3, 3, 3, 96, 3)
-  assert all(len(axes[name]) == len(shape.shape) for name, shape in shapes.items())
+  assert axes["encoder.stem.kernel"] == (None, None, None, "conv_in", "conv_out")
   assert video_vae.VideoVAE.geometry("wan2.1").latent_shape(81, 480, 832) == (21, 60, 104, 16)
 
 
 # ---- the rest --------------------------------------------------------------------------------------------------------
+
+
+def test_fresh_kernels_have_unit_gain_and_the_stated_starts():
+  weights = params.create(lambda: video_vae.VideoVAE(CONFIG, rngs=nnx.Rngs(0)))
+  stem = weights["decoder.stem.kernel"]
+  np.testing.assert_allclose(np.std(stem) * np.sqrt(np.prod(stem.shape[:-1])), 1, rtol=0.1)
+  times = [leaf for name, leaf in weights.items() if name.endswith(".time.kernel")]
+  assert len(times) == 4 and all(np.sum(leaf) == leaf.shape[-1] for leaf in times)  # one tap, one input each
+  assert not any(np.any(leaf) for name, leaf in weights.items() if name.endswith(".out.kernel"))
+  np.testing.assert_array_equal(weights["quant.bias"], [0, 0, -6, -6])
 
 
 def test_normalisation_undoes_itself_and_wan_has_its_constants():

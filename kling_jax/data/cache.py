@@ -86,7 +86,7 @@ def text_variant(caption: str) -> str:
 
 
 def latent_variant(frames: int, height: int, width: int, fps: float) -> str:
-  """Names the frames that a latent entry was made from: `frames` at `fps` from the clip's start, height x width."""
+  """Names the bucket that a latent entry was made for: `frames` at `fps`, centred in the clip, height x width."""
   return f"{frames}x{height}x{width}@{fps:g}"
 
 

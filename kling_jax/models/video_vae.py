@@ -10,9 +10,13 @@ Three layers treat the start in a way of their own, all as Wan 2.1's released co
   * a temporal down-sampling passes the first frame by its convolution; later outputs j convolve frames 2j-2 .. 2j;
   * a temporal up-sampling passes the first frame on undoubled, and its convolution never sees that frame: it starts
     behind it, with zeros.
+
+The parts come with kernels of zero (or of identities, where that is their start); `VideoVAE` draws them all.
 """
 
 import dataclasses
+import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +27,7 @@ from flax import nnx
 from kling_jax.errors import ConfigError, nearest
 from kling_jax.nn.attention import attention
 from kling_jax.nn.conv import CausalConv3d, FrameConv, conv_taps, same
-from kling_jax.nn.linear import Linear, xavier, zeros
+from kling_jax.nn.params import flatten, unflatten
 
 Cache = Any  # a pytree of arrays; None at the start of a video
 
@@ -81,6 +85,7 @@ class VideoVAEConfig:
     return 1 + (frames - 1) // t, height // s, width // s, self.channels
 
 
+START_LOG_VARIANCE = -6.0  # of the posterior
 PRESETS = {
   "wan2.1": VideoVAEConfig(base=96, remat=True),
   "small": VideoVAEConfig(base=16, blocks=1),  # trains on two CPU cores
@@ -116,13 +121,13 @@ class ChannelNorm(nnx.Module):
 class ResidualBlock(nnx.Module):
   """shortcut(x) + conv(silu(norm(conv(silu(norm(x))))))."""
 
-  def __init__(self, channels_in: int, channels_out: int, *, rngs: nnx.Rngs):
+  def __init__(self, channels_in: int, channels_out: int):
     self.norm1 = ChannelNorm(channels_in)
-    self.conv1 = CausalConv3d(channels_in, channels_out, rngs=rngs)
+    self.conv1 = CausalConv3d(channels_in, channels_out, rngs=None)
     self.norm2 = ChannelNorm(channels_out)
-    self.conv2 = CausalConv3d(channels_out, channels_out, rngs=rngs)
+    self.conv2 = CausalConv3d(channels_out, channels_out, rngs=None)
     fits = channels_in == channels_out
-    self.shortcut = None if fits else CausalConv3d(channels_in, channels_out, (1, 1, 1), rngs=rngs)
+    self.shortcut = None if fits else CausalConv3d(channels_in, channels_out, (1, 1, 1), rngs=None)
 
   def __call__(self, x_BTHWC: jax.Array, cache: Cache = None) -> tuple[jax.Array, Cache]:
     first, second = cache or (None, None)
@@ -135,10 +140,10 @@ class ResidualBlock(nnx.Module):
 class FrameAttention(nnx.Module):
   """Self-attention of one head among the pixels of each frame; adds nothing at the start."""
 
-  def __init__(self, channels: int, *, rngs: nnx.Rngs):
+  def __init__(self, channels: int):
     self.norm = ChannelNorm(channels)
-    self.qkv = Linear(channels, 3 * channels, axes=("conv_in", "conv_out"), init=xavier, rngs=rngs)
-    self.out = Linear(channels, channels, axes=("conv_in", "conv_out"), init=zeros, rngs=rngs)
+    self.qkv = FrameConv(channels, 3 * channels, 1, rngs=None)
+    self.out = FrameConv(channels, channels, 1, rngs=None)
 
   def __call__(self, x_BTHWC: jax.Array, cache: Cache = None) -> tuple[jax.Array, Cache]:
     B, T, H, W, C = x_BTHWC.shape
@@ -150,9 +155,9 @@ class FrameAttention(nnx.Module):
 class Downsample(nnx.Module):
   """Halves rows and columns, and time where `time`; the first frame of a video keeps a time step of its own."""
 
-  def __init__(self, channels: int, time: bool, *, rngs: nnx.Rngs):
-    self.frame = FrameConv(channels, channels, stride=2, padding=((0, 1), (0, 1)), rngs=rngs)
-    self.time = CausalConv3d(channels, channels, (3, 1, 1), rngs=rngs) if time else None
+  def __init__(self, channels: int, time: bool):
+    self.frame = FrameConv(channels, channels, stride=2, padding=((0, 1), (0, 1)), rngs=None)
+    self.time = CausalConv3d(channels, channels, (3, 1, 1), rngs=None) if time else None
     if self.time is not None:  # starts as a choice of every second frame
       self.time.kernel[...] = jnp.zeros_like(self.time.kernel[...]).at[-1, 0, 0].set(jnp.eye(channels))
 
@@ -171,9 +176,9 @@ class Downsample(nnx.Module):
 class Upsample(nnx.Module):
   """Doubles rows and columns and halves channels, and doubles time where `time` except for a video's first frame."""
 
-  def __init__(self, channels: int, time: bool, *, rngs: nnx.Rngs):
-    self.frame = FrameConv(channels, channels // 2, rngs=rngs)
-    self.time = CausalConv3d(channels, 2 * channels, (3, 1, 1), rngs=rngs) if time else None
+  def __init__(self, channels: int, time: bool):
+    self.frame = FrameConv(channels, channels // 2, rngs=None)
+    self.time = CausalConv3d(channels, 2 * channels, (3, 1, 1), rngs=None) if time else None
     if self.time is not None:  # starts as a repetition of each frame
       both = jnp.concatenate([jnp.eye(channels)] * 2, axis=1)
       self.time.kernel[...] = jnp.zeros_like(self.time.kernel[...]).at[-1, 0, 0].set(both)
@@ -202,13 +207,11 @@ class Upsample(nnx.Module):
 class Coder(nnx.Module):
   """What encoder and decoder are: a first convolution, a chain of blocks, and norm, SiLU, last convolution."""
 
-  def __init__(
-    self, ends: tuple[int, int], blocks: list[nnx.Module], widths: tuple[int, int], remat: bool, rngs: nnx.Rngs
-  ):
-    self.stem = CausalConv3d(ends[0], widths[0], rngs=rngs)
+  def __init__(self, ends: tuple[int, int], blocks: list[nnx.Module], widths: tuple[int, int], remat: bool):
+    self.stem = CausalConv3d(ends[0], widths[0], rngs=None)
     self.blocks = nnx.List(blocks)
     self.norm = ChannelNorm(widths[1])
-    self.head = CausalConv3d(widths[1], ends[1], out_axis=None, rngs=rngs)
+    self.head = CausalConv3d(widths[1], ends[1], out_axis=None, rngs=None)
     self.remat = remat
 
   def __call__(self, x_BTHWC: jax.Array, cache: Cache = None) -> tuple[jax.Array, Cache]:
@@ -223,37 +226,37 @@ class Coder(nnx.Module):
     return y_BTHWC, (stem, head, *kept)
 
 
-def _middle(channels: int, rngs: nnx.Rngs) -> list[nnx.Module]:
-  residual = lambda: ResidualBlock(channels, channels, rngs=rngs)
-  return [residual(), FrameAttention(channels, rngs=rngs), residual()]
+def _middle(channels: int) -> list[nnx.Module]:
+  residual = lambda: ResidualBlock(channels, channels)
+  return [residual(), FrameAttention(channels), residual()]
 
 
-def make_encoder(config: VideoVAEConfig, rngs: nnx.Rngs) -> Coder:
+def make_encoder(config: VideoVAEConfig) -> Coder:
   """RGB to the two moments of the latents."""
   width = config.base
   blocks: list[nnx.Module] = []
   for stage, multiplier in enumerate(config.multipliers):
     for _ in range(config.blocks):
-      blocks.append(ResidualBlock(width, config.base * multiplier, rngs=rngs))
+      blocks.append(ResidualBlock(width, config.base * multiplier))
       width = config.base * multiplier
     if stage < len(config.halve_time):
-      blocks.append(Downsample(width, config.halve_time[stage], rngs=rngs))
-  blocks += _middle(width, rngs)
-  return Coder((3, 2 * config.channels), blocks, (config.base, width), config.remat, rngs)
+      blocks.append(Downsample(width, config.halve_time[stage]))
+  blocks += _middle(width)
+  return Coder((3, 2 * config.channels), blocks, (config.base, width), config.remat)
 
 
-def make_decoder(config: VideoVAEConfig, rngs: nnx.Rngs) -> Coder:
+def make_decoder(config: VideoVAEConfig) -> Coder:
   """Latents to RGB."""
   top = width = config.base * config.multipliers[-1]
-  blocks = _middle(width, rngs)
+  blocks = _middle(width)
   for stage, multiplier in enumerate(reversed(config.multipliers)):
     for _ in range(config.blocks + 1):
-      blocks.append(ResidualBlock(width, config.base * multiplier, rngs=rngs))
+      blocks.append(ResidualBlock(width, config.base * multiplier))
       width = config.base * multiplier
     if stage < len(config.halve_time):
-      blocks.append(Upsample(width, config.halve_time[-1 - stage], rngs=rngs))
+      blocks.append(Upsample(width, config.halve_time[-1 - stage]))
       width //= 2
-  return Coder((config.channels, 3), blocks, (top, width), config.remat, rngs)
+  return Coder((config.channels, 3), blocks, (top, width), config.remat)
 
 
 class Normalisation(nnx.Module):
@@ -279,15 +282,31 @@ class VideoVAE(nnx.Module):
   """
 
   def __init__(self, config: VideoVAEConfig, *, rngs: nnx.Rngs):
+    """Draws the weights from the stream `params` of `rngs`."""
     self.config = config
     self.temporal, self.spatial, self.channels = config.temporal, config.spatial, config.channels
-    self.encoder = make_encoder(config, rngs)
-    self.quant = CausalConv3d(2 * config.channels, 2 * config.channels, (1, 1, 1), rngs=rngs)
-    self.post_quant = CausalConv3d(config.channels, config.channels, (1, 1, 1), rngs=rngs)
-    self.decoder = make_decoder(config, rngs)
+    self.encoder = make_encoder(config)
+    self.quant = CausalConv3d(2 * config.channels, 2 * config.channels, (1, 1, 1), rngs=None)
+    # A posterior that starts narrow: with its variance at 1 the first thousand steps go to outshouting the noise.
+    self.quant.bias[...] = self.quant.bias[...].at[config.channels :].set(START_LOG_VARIANCE)
+    self.post_quant = CausalConv3d(config.channels, config.channels, (1, 1, 1), rngs=None)
+    self.decoder = make_decoder(config)
+    self._draw(rngs.params())
     wan = config == PRESETS["wan2.1"]
     mean = jnp.asarray(WAN_MEAN) if wan else jnp.zeros(config.channels)
     self.normalisation = Normalisation(mean, jnp.asarray(WAN_STD) if wan else jnp.ones(config.channels))
+
+  def _draw(self, key: jax.Array) -> None:
+    """Fills the kernels (variance 1 / fan in) from one draw: XLA takes a second to compile each one of a hundred."""
+    leaves = {name: leaf.shape for name, leaf in flatten(nnx.state(self)).items() if name.endswith("kernel")}
+    shapes = {name: shape for name, shape in leaves.items() if not name.endswith((".time.kernel", ".out.kernel"))}
+    ends = list(itertools.accumulate(math.prod(shape) for shape in shapes.values()))
+    draws = jnp.split(jax.random.normal(key, (ends[-1],), jnp.float32), ends[:-1])
+    scaled = {
+      name: draw.reshape(shape) / math.sqrt(math.prod(shape[:-1]))
+      for (name, shape), draw in zip(shapes.items(), draws, strict=True)
+    }
+    nnx.update(self, unflatten(scaled))
 
   @classmethod
   def preset(cls, name: str, *, rngs: nnx.Rngs) -> "VideoVAE":

@@ -66,6 +66,12 @@ def same(kernel: int) -> Padding:
   return ((kernel // 2, kernel // 2), (kernel // 2, kernel // 2))
 
 
+def _kernel(rngs: nnx.Rngs | None, shape: tuple[int, ...]) -> jax.Array:
+  if rngs is None:
+    return jnp.zeros(shape, jnp.float32)
+  return jax.random.normal(rngs.params(), shape, jnp.float32) / math.sqrt(math.prod(shape[:-1]))
+
+
 class CausalConv3d(nnx.Module):
   """Convolution over (frame, row, column) whose output at a frame depends on that frame and the past alone.
 
@@ -83,7 +89,7 @@ class CausalConv3d(nnx.Module):
     kernel: tuple[int, int, int] = (3, 3, 3),
     *,
     out_axis: str | None = "conv_out",
-    rngs: nnx.Rngs,
+    rngs: nnx.Rngs | None,
   ):
     """Draws the weights: variance 1 / fan in, bias zero.
 
@@ -91,11 +97,10 @@ class CausalConv3d(nnx.Module):
       channels_in, channels_out: widths.
       kernel: (kt, kh, kw); kh = kw odd.
       out_axis: logical name of the output axis; None keeps it whole on each device (three colours do not divide).
-      rngs: the stream `params`.
+      rngs: the stream `params`; None leaves the kernel at zero, for an owner that draws all of its kernels at once.
     """
-    scale = 1 / math.sqrt(math.prod(kernel) * channels_in)
-    draw = scale * jax.random.normal(rngs.params(), (*kernel, channels_in, channels_out), jnp.float32)
-    self.kernel = nnx.Param(draw, axes=(None, None, None, "conv_in", out_axis))
+    shape = (*kernel, channels_in, channels_out)
+    self.kernel = nnx.Param(_kernel(rngs, shape), axes=(None, None, None, "conv_in", out_axis))
     self.bias = nnx.Param(jnp.zeros(channels_out, jnp.float32), axes=(None,))
 
   def __call__(self, x_BTHWC: jax.Array, cache: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
@@ -128,7 +133,7 @@ class FrameConv(nnx.Module):
     *,
     stride: int = 1,
     padding: Padding | None = None,
-    rngs: nnx.Rngs,
+    rngs: nnx.Rngs | None,
   ):
     """Draws the weights: variance 1 / fan in, bias zero.
 
@@ -137,11 +142,10 @@ class FrameConv(nnx.Module):
       kernel: rows = columns, odd.
       stride: over rows and columns.
       padding: zeros ((above, below), (left, right)); None keeps the size.
-      rngs: the stream `params`.
+      rngs: the stream `params`; None leaves the kernel at zero, for an owner that draws all of its kernels at once.
     """
-    scale = 1 / math.sqrt(kernel * kernel * channels_in)
-    draw = scale * jax.random.normal(rngs.params(), (kernel, kernel, channels_in, channels_out), jnp.float32)
-    self.kernel = nnx.Param(draw, axes=(None, None, "conv_in", "conv_out"))
+    shape = (kernel, kernel, channels_in, channels_out)
+    self.kernel = nnx.Param(_kernel(rngs, shape), axes=(None, None, "conv_in", "conv_out"))
     self.bias = nnx.Param(jnp.zeros(channels_out, jnp.float32), axes=(None,))
     self.stride = stride
     self.padding = same(kernel) if padding is None else padding

@@ -27,6 +27,7 @@ from kling_jax.models.video_vae import VideoVAE, VideoVAEConfig
 from kling_jax.nn import params as params_lib
 from kling_jax.nn import rng
 from kling_jax.nn.params import Params
+from kling_jax.train import encoders
 from kling_jax.train.task import Batch, Task
 
 
@@ -120,8 +121,8 @@ class VideoDiTTask(Task):
       validation_fraction=c.data.validation_fraction,
       tokenizer=ByteTokenizer(c.text.tokens) if c.text.encoder == "bytes" else None,
       percentiles=self.percentiles,
-      latents=self._caches("latents") if c.data.cached_latents else (),
-      texts=self._caches("text") if c.text.encoder == "cached" else (),
+      latents=encoders.latent_caches(c, self.sources.folders) if c.data.cached_latents else (),
+      texts=encoders.text_caches(c, self.sources.folders) if c.text.encoder == "cached" else (),
       text_length=c.text.tokens,
       process_index=process_index,
       process_count=process_count,

@@ -1,0 +1,130 @@
+"""The frozen encoders that a config names, with their weights, and the caches that they fill or that a run reads."""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+from flax import nnx
+
+from kling_jax.data.cache import Card, LatentCache, TextCache, weights_hash
+from kling_jax.data.tokens import ByteTokenizer
+from kling_jax.errors import ConfigError
+from kling_jax.models import latents, video_vae
+from kling_jax.models.text_encoder import ByteTextEncoder
+from kling_jax.nn import params as params_lib
+from kling_jax.nn.params import Params
+from kling_jax.train import warm_start
+from kling_jax.train.task import PRECISIONS
+
+
+@dataclasses.dataclass(frozen=True)
+class FrozenCodec:
+  """A codec with its weights.
+
+  Attributes:
+    card: names its caches.
+    geometry: temporal, spatial, channels, `latent_shape`.
+    params: its weights; empty where it has none.
+    encode: (params, frames uint8 (B, T, H, W, 3)) -> latents (B, t, h, w, c) float32; pure, to be jitted.
+  """
+
+  card: Card
+  geometry: Any
+  params: Params
+  encode: Callable[[Params, jax.Array], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class FrozenTextEncoder:
+  """A text encoder with its weights and tokenizer.
+
+  Attributes:
+    card: names its caches.
+    tokenizer: captions -> tokens (B, L), mask (B, L).
+    params: its weights.
+    encode: (params, tokens, mask) -> text (B, L, D); pure, to be jitted.
+  """
+
+  card: Card
+  tokenizer: Callable[[Sequence[str]], tuple[np.ndarray, np.ndarray]]
+  params: Params
+  encode: Callable[[Params, jax.Array, jax.Array], jax.Array]
+
+
+def latent_encoder(config: ml_collections.ConfigDict) -> FrozenCodec:
+  """The codec of a video_dit config (`config.codec`).
+
+  Raises:
+    ConfigError: an unknown codec, or a VAE without `codec.weights`.
+    WeightsError: the weights do not fit.
+  """
+  c = config.codec
+  dtype = PRECISIONS[config.precision]
+  unit = lambda frames: (frames.astype(np.float32) / 127.5 - 1).astype(dtype)
+  if c.name != "vae":
+    codec: Any = latents.make(c.name, spatial=c.spatial, channels=c.channels)
+    card = Card("latents", codec.name, weights_hash({"analysis": codec.analysis}), details=_sizes(codec))
+    return FrozenCodec(card, codec, {}, lambda _, frames: codec.encode(unit(frames)))
+  shape = video_vae.preset(c.preset)
+  graph, params = _load(lambda: video_vae.VideoVAE(shape, rngs=nnx.Rngs(0)), c.weights, "", "codec.weights")
+  facts = dataclasses.asdict(dataclasses.replace(shape, remat=False))  # recomputing changes no latent
+  card = Card("latents", f"vae-{c.preset}", weights_hash(params, facts), details=_sizes(shape))
+  return FrozenCodec(card, shape, params, lambda params, x: params_lib.merge(graph, params).encode(unit(x)))
+
+
+def text_encoder(config: ml_collections.ConfigDict) -> FrozenTextEncoder:
+  """The frozen text encoder of a video_dit config whose `text.encoder` is "cached": a byte encoder trained before.
+
+  Raises:
+    ConfigError: the config trains its text encoder along, or names no weights.
+    WeightsError: the weights do not fit.
+  """
+  c = config.text
+  if c.encoder != "cached":
+    raise ConfigError(f"config key 'text.encoder' = {c.encoder!r} reads no cache; 'cached' does")
+  init = lambda: ByteTextEncoder(c.width, c.depth, c.tokens, rngs=nnx.Rngs(0))
+  graph, params = _load(init, c.weights, "text.", "text.weights")
+  card = Card("text", "bytes", weights_hash(params), details={"width": c.width, "tokens": c.tokens})
+  encode = lambda params, tokens_BL, mask_BL: params_lib.merge(graph, params)(tokens_BL, mask_BL)
+  return FrozenTextEncoder(card, ByteTokenizer(c.tokens), params, encode)
+
+
+def latent_caches(config: ml_collections.ConfigDict, folders: Sequence[pathlib.Path | None]) -> tuple[LatentCache, ...]:
+  """The caches of the config's codec beside the sources in `folders`.
+
+  Raises:
+    DataError: a cache is missing or was written by another encoder.
+    ConfigError: a source has no folder.
+  """
+  card = latent_encoder(config).card
+  return tuple(LatentCache(card.folder(folder), card) for folder in _on_disk(folders))
+
+
+def text_caches(config: ml_collections.ConfigDict, folders: Sequence[pathlib.Path | None]) -> tuple[TextCache, ...]:
+  """The caches of the config's text encoder beside the sources in `folders`; see `latent_caches`."""
+  card = text_encoder(config).card
+  return tuple(TextCache(card.folder(folder), card) for folder in _on_disk(folders))
+
+
+def _on_disk(folders: Sequence[pathlib.Path | None]) -> list[pathlib.Path]:
+  found = [folder for folder in folders if folder is not None]
+  if len(found) != len(folders):
+    raise ConfigError("a procedural world has no folder to keep caches beside; name sources on disk in data.sources")
+  return found
+
+
+def _sizes(codec: Any) -> dict[str, int]:
+  return {"temporal": codec.temporal, "spatial": codec.spatial, "channels": codec.channels}
+
+
+def _load(init: Callable[[], nnx.Module], source: str | None, prefix: str, key: str) -> tuple[nnx.GraphDef, Params]:
+  """The graph of `init()` and its weights from `source`, where their names start with `prefix`."""
+  if not source:
+    raise ConfigError(f"config key {key!r} is not set; name a work directory that trained it, or a safetensors folder")
+  graph, shapes, _ = params_lib.abstract(init)
+  loaded, _ = warm_start.load(pathlib.Path(source), {prefix + name: leaf for name, leaf in shapes.items()}, ())
+  return graph, {name.removeprefix(prefix): value for name, value in loaded.items()}
