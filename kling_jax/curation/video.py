@@ -33,7 +33,7 @@ class Recipe:
     method: who finds transitions (`split.METHODS`).
     min_seconds, max_seconds: shorter shots give no clip, longer ones several of equal length.
     min_side: videos with a shorter side of fewer pixels are quarantined.
-    short_side: clips are shrunk to this shorter side; None keeps the source's size.
+    short_side: clips are shrunk to this shorter side where the source is larger; None keeps the source's size.
     crf: quality of the clips' H.264, 0 (lossless) to 51.
   """
 
@@ -41,7 +41,7 @@ class Recipe:
   min_seconds: float = 1.0
   max_seconds: float = 10.0
   min_side: int = 32
-  short_side: int | None = None
+  short_side: int | None = 720
   crf: float = 18.0
 
   @property
