@@ -136,16 +136,39 @@ def _split(args: argparse.Namespace) -> int:
 
 
 def _add_curate(parser: Parser) -> None:
-  parser.add_argument("--input", required=True, help="folder of videos")
+  parser.add_argument("--input", required=True, help="folder of videos, one video, or a table with a `file` column")
   parser.add_argument("--output", required=True, help="clip set to write; started again, it goes on")
-  parser.add_argument("--workers", type=int, help="processes (default: cores)")
+  parser.add_argument("--workers", type=int, help="processes (default: one a core)")
+  parser.add_argument("--min_seconds", type=float, help="shortest clip (default: 1)")
+  parser.add_argument("--max_seconds", type=float, help="longest clip (default: 10)")
+  parser.add_argument("--min_side", type=int, help="smallest shorter side of a video in pixels (default: 32)")
+  parser.add_argument("--short_side", type=int, help="clips are shrunk to it; 0 keeps the source's size (default: 720)")
+  parser.add_argument("--crf", type=float, help="H.264 quality of the clips (default: 18)")
+  parser.add_argument("--keep", action="append", metavar="RANGE",
+                      help="score range of kept clips, e.g. 'motion>=0.01'; repeat for others")  # fmt: skip
+  parser.add_argument("--seconds_per_video", type=float, help="a video that takes longer is quarantined (default: 3600)")
+  parser.add_argument("--no_report", action="store_true", help="write no report page")
+  _add_json(parser)
 
 
 def _curate(args: argparse.Namespace) -> int:
-  from kling_jax.curation import curate
+  from kling_jax.curation import curate, select
+  from kling_jax.curation.video import Recipe
 
-  funnel = curate.curate(args.input, args.output, curate.Options(workers=args.workers))
-  print(funnel.text())
+  names = ("min_seconds", "max_seconds", "min_side", "short_side", "crf")
+  given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+  if given.get("short_side") == 0:
+    given["short_side"] = None
+  changes: dict[str, Any] = {"recipe": Recipe(**given), "workers": args.workers, "report": not args.no_report}
+  if args.keep:
+    changes["thresholds"] = dict(map(select.parse_threshold, args.keep))
+  if args.seconds_per_video is not None:
+    changes["seconds_per_video"] = args.seconds_per_video
+  funnel = curate.curate(args.input, args.output, curate.Options(**changes))
+  if args.json:
+    _print_json(funnel.to_json())
+  else:
+    print(funnel.text())
   return 0
 
 
