@@ -61,9 +61,10 @@ def prepare(
 
 
 def throughput(batches: pipeline.Batches, threads: int, workers: int, seconds: float) -> float:
-  """Clips a second over about `seconds`, after a first batch that pays for starting."""
+  """Clips a second over about `seconds`, once what was built during the start is used up."""
   stream = batches.iterate(0, threads=threads, workers=workers)
-  next(stream)
+  for _ in range((threads + 3) * max(workers, 1)):
+    next(stream)
   start, clips = time.perf_counter(), 0
   for _, batch in stream:
     clips += len(batch["index"])
@@ -140,7 +141,7 @@ def report(args: argparse.Namespace, batches: dict[str, pipeline.Batches]) -> No
   settings = [(kind, threads, workers) for workers in args.workers for threads in args.threads for kind in batches]
   best: dict[tuple[str, int, int], float] = {}
   for _ in range(ROUNDS):
-    for kind, threads, workers in settings:
+    for kind, threads, workers in progress.track(settings, "measure"):
       rate = throughput(batches[kind], threads, workers, args.seconds)
       best[kind, threads, workers] = max(best.get((kind, threads, workers), 0.0), rate)
   print(f"{clips} clips of {SPAN_S} s; batches of {args.batch} x {args.frames} x {args.size} x {args.size}; "
