@@ -162,7 +162,8 @@ def test_sizes_that_do_not_fit_are_refused_at_start():
 def test_the_trainer_runs_it(tmp_path):
   from kling_jax.train import loop, metrics
 
-  config = config_lib.load(str(ROOT / "configs" / "vae.py") + ":runlocal", ["--config.validation.samples=2"])
+  config = config_lib.load(str(ROOT / "configs" / "vae.py") + ":runlocal")
+  config.validation.samples = 2
   assert loop.run(config, tmp_path).finished
   rows = [row for row in metrics.read(tmp_path / "metrics.jsonl") if "val_loss" in row]
   assert rows[-1]["val_loss"] < rows[0]["val_loss"]
