@@ -191,7 +191,7 @@ def test_wan_2_1_has_its_released_shape():
   assert shapes["encoder.stem.kernel"].shape == (3, 3, 3, 3, 96)
   assert shapes["encoder.head.kernel"].shape == (3, 3, 3, 384, 32)
   assert shapes["decoder.head.kernel"].shape == (3, 3, 3, 96, 3)
-  assert axes["encoder.stem.kernel"] == (None, None, None, "conv_in", "conv_out")
+  assert axes["encoder.stem.kernel"] == (None, None, None, "conv_in", None)
   assert video_vae.VideoVAE.geometry("wan2.1").latent_shape(81, 480, 832) == (21, 60, 104, 16)
 
 

@@ -70,6 +70,6 @@ def test_compute_follows_the_input_and_weights_carry_axes():
   layer = conv.CausalConv3d(2, 4, rngs=nnx.Rngs(0))
   y, cache = layer(jnp.ones((1, 2, 3, 3, 2), jnp.bfloat16))
   assert y.dtype == cache.dtype == jnp.bfloat16 and layer.kernel.dtype == jnp.float32
-  _, shapes, axes = params.abstract(lambda: conv.CausalConv3d(2, 3, out_axis=None, rngs=nnx.Rngs(0)))
+  _, shapes, axes = params.abstract(lambda: conv.CausalConv3d(2, 3, rngs=nnx.Rngs(0)))
   assert shapes["kernel"].shape == (3, 3, 3, 2, 3)
   assert axes == {"kernel": (None, None, None, "conv_in", None), "bias": (None,)}

@@ -211,7 +211,7 @@ class Coder(nnx.Module):
     self.stem = CausalConv3d(ends[0], widths[0], rngs=None)
     self.blocks = nnx.List(blocks)
     self.norm = ChannelNorm(widths[1])
-    self.head = CausalConv3d(widths[1], ends[1], out_axis=None, rngs=None)
+    self.head = CausalConv3d(widths[1], ends[1], rngs=None)
     self.remat = remat
 
   def __call__(self, x_BTHWC: jax.Array, cache: Cache = None) -> tuple[jax.Array, Cache]:
