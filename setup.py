@@ -23,7 +23,7 @@ REQUIRED = [
   "pyarrow>=17",
   "requests>=2.31",  # prompt rewriting through an OpenAI-compatible server
   "rich>=13",  # progress bars, tables
-  "safetensors>=0.4.5",
+  "safetensors>=0.5",
   "tensorflow-datasets>=4.9.10",  # no TensorFlow: tfds.data_source on ArrayRecord
 ]
 
@@ -49,7 +49,7 @@ EXTRAS["test"] = (
   ]
 )
 
-# configs/ and launch/ stand at the top of the repository and travel in the wheel as kling_jax.configs, kling_jax.launch.
+# configs/ and launch/ stand at the top of the repository; the wheel carries them as kling_jax.configs and .launch.
 PACKAGE_DIR = {"kling_jax.configs": "configs", "kling_jax.launch": "launch"}
 
 setuptools.setup(

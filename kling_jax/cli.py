@@ -70,7 +70,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
   if argv and not argv[0].startswith("-") and argv[0] not in VERBS:
     raise UsageError(f"unknown verb {argv[0]!r}{nearest(argv[0], VERBS)}")
   args, rest = parser.parse_known_args(argv)
-  if rest and args.verb != "train":
+  configured = hasattr(args, "config")  # verbs with a config take --config.key=value
+  if rest and not configured:
     raise UsageError(f"unknown argument {rest[0]!r} of `kling {args.verb}` (see `kling {args.verb} --help`)")
   args.overrides = rest
   return args
@@ -89,7 +90,7 @@ def _print_json(value: Any) -> None:
   print()
 
 
-# ---- demo, doctor ---------------------------------------------------------------------------------------------------
+# ---- demo, doctor --------------------------------------------------------------------------------------------------
 
 
 def _add_demo(parser: Parser) -> None:
@@ -120,7 +121,7 @@ def _doctor(args: argparse.Namespace) -> int:
   return 0
 
 
-# ---- curation ---------------------------------------------------------------------------------------------------------
+# ---- curation ------------------------------------------------------------------------------------------------------
 
 
 def _add_split(parser: Parser) -> None:
@@ -146,7 +147,7 @@ def _add_curate(parser: Parser) -> None:
   parser.add_argument("--crf", type=float, help="H.264 quality of the clips (default: 18)")
   parser.add_argument("--keep", action="append", metavar="RANGE",
                       help="score range of kept clips, e.g. 'motion>=0.01'; repeat for others")  # fmt: skip
-  parser.add_argument("--seconds_per_video", type=float, help="a video that takes longer is quarantined (default: 3600)")
+  parser.add_argument("--seconds_per_video", type=float, help="longer ones are quarantined as timeout (default: 3600)")
   parser.add_argument("--no_report", action="store_true", help="write no report page")
   _add_json(parser)
 
@@ -172,7 +173,7 @@ def _curate(args: argparse.Namespace) -> int:
   return 0
 
 
-# ---- data -------------------------------------------------------------------------------------------------------------
+# ---- data ----------------------------------------------------------------------------------------------------------
 
 
 def _add_data(parser: Parser) -> None:
@@ -205,7 +206,7 @@ def _encode(args: argparse.Namespace) -> int:
   return 0
 
 
-# ---- train, sample ------------------------------------------------------------------------------------------------------
+# ---- train, sample -------------------------------------------------------------------------------------------------
 
 
 def _add_train(parser: Parser) -> None:

@@ -70,23 +70,25 @@ def load(spec: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
   """
   path, _, arg = spec.partition(":")
   file = locate(path)
-  values = flags.FlagValues()
-  config_flags.DEFINE_config_file("config", flag_values=values)
-  argument = f"--config={file}" + (f":{arg}" if arg else "")
+  arguments = [f"--config={file}" + (f":{arg}" if arg else ""), *overrides]
+  for override in overrides:
+    if not override.startswith("--config.") or "=" not in override:
+      raise ConfigError(f"override {override!r} is not of the form --config.key=value")
   try:
-    values(["kling", argument])
-    known = known_keys(values.config)
+    known = known_keys(_parse(arguments[:1]))
     for override in overrides:
       key = override.removeprefix("--config.").partition("=")[0]
-      if not override.startswith("--config.") or "=" not in override:
-        raise ConfigError(f"override {override!r} is not of the form --config.key=value")
       if key not in known:
         raise ConfigError(f"config key {key!r} is unknown{nearest(key, known)}")
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", flag_values=values)
-    values(["kling", argument, *overrides])
+    return _parse(arguments)
   except (flags.Error, TypeError, ValueError, AttributeError) as error:
     raise ConfigError(f"config {spec}: {str(error).splitlines()[0]}") from error
+
+
+def _parse(arguments: Sequence[str]) -> ml_collections.ConfigDict:
+  values = flags.FlagValues()
+  config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=["kling", *arguments])
+  values(["kling", *arguments])
   return values.config
 
 

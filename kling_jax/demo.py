@@ -1,4 +1,4 @@
-"""`kling demo`: the whole chain in minutes: films (or your footage), curate, train, sample, and a page that shows it."""
+"""`kling demo`: the whole chain in minutes: films (or your footage), curate, train, sample, and a page about it."""
 
 import contextlib
 import pathlib
@@ -20,8 +20,8 @@ from kling_jax.measure import clip as measure
 from kling_jax.train import loop, metrics
 
 FILMS, FILM_SECONDS, FILM_SIZE = 10, 10.0, (144, 256)
-FRAMES, SIDE, FPS = 9, 64, 8.0  # what the model sees: a second of 64 x 64 pixels
-STEPS = 400
+FRAMES, SIDE, FPS = 9, 32, 8.0  # what the model sees: a second of 32 x 32 pixels
+STEPS = 1000
 PROMPTS = 4
 LEVELS = ("low", "high")
 
@@ -71,15 +71,15 @@ def run(workdir: pathlib.Path, videos: str | None = None, steps: int | None = No
 
 
 def _config(clip_set: pathlib.Path, steps: int) -> Any:
-  """A small text-to-video run on the set: XS, a second of 64 x 64 pixels."""
+  """A small text-to-video run on the set: XS, a second of 32 x 32 pixels."""
   c = config_lib.load("video_dit:size=XS")
   kept = len(records.RecordSource(clip_set))
   c.update_from_flattened_dict({
     "steps": steps, "data.sources": (str(clip_set),), "data.buckets": ((FRAMES, SIDE, SIDE),), "data.fps": FPS,
-    "data.batch": min(16, kept), "data.threads": 2, "text.width": 128, "text.depth": 1, "text.tokens": 128,
+    "data.batch": min(16, kept), "data.threads": 2, "text.width": 128, "text.depth": 1, "text.tokens": 96,
     "optimizer.lr": 2e-3, "optimizer.schedule": "wsd", "optimizer.warmup": min(40, steps), "ema.decay": 0.99,
     "validation.every": max(steps // 4, 1), "validation.rows": 32, "checkpoint.every": max(steps // 2, 1),
-    "data.validation_fraction": 0.1, "log.every": 5, "sample.steps": 24, "sample.scores": 3.0,
+    "data.validation_fraction": 0.1, "log.every": 5, "sample.steps": 24, "sample.text": 1.5, "sample.scores": 3.0,
   })  # fmt: skip
   return c
 
@@ -106,12 +106,20 @@ def _motion(requests: list[sample.Request], clips: list[np.ndarray]) -> dict[str
 
 
 def _report(
-  workdir: pathlib.Path, funnel: Any, facts: dict, rows: list[dict], requests: list, clips: list, clock: dict[str, float]
+  workdir: pathlib.Path,
+  funnel: Any,
+  facts: dict[str, Any],
+  rows: list[dict[str, Any]],
+  requests: list[sample.Request],
+  clips: list[np.ndarray],
+  clock: dict[str, float],
 ) -> None:
   document = page.Page("kling_jax demo", "From footage to a trained, sampled Video DiT on this machine.")
   document.section("In short")
   document.facts(facts)
-  document.section("Samples", "The same prompts and noise, told low and high motion (1st and 99th percentile of the set).")
+  document.section(
+    "Samples", "The same prompts and noise, told low and high motion (the set's 1st and 99th percentile)."
+  )
   tiles = []
   for low, high in zip(range(PROMPTS), range(PROMPTS, 2 * PROMPTS), strict=True):
     for number in (low, high):

@@ -10,9 +10,12 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
+import hypothesis
 import pytest
 from absl import flags
 
+hypothesis.settings.register_profile("shared", deadline=None)  # a loaded machine is no failure
+hypothesis.settings.load_profile("shared")
 flags.FLAGS.mark_as_parsed()  # Grain's worker processes refuse unparsed absl flags.
 
 

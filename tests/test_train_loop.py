@@ -234,7 +234,9 @@ def test_restore_on_another_mesh(uninterrupted: pathlib.Path) -> None:
   checkpoints = Checkpoints(uninterrupted)
   state = checkpoints.restore(8, update.abstract, update.shardings)
   plain = checkpoints.restore_params(8, job.shapes)
-  jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), dict(state["ema"]), dict(plain))
+  jax.tree.map(
+    lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), dict(state["ema"]), dict(plain)
+  )
   assert int(state["step"]) == 8
   kernel = state["params"]["dit.blocks.mlp.up.kernel"]
   assert kernel.sharding.spec == jax.sharding.PartitionSpec(None, "fsdp", "tensor")

@@ -200,7 +200,7 @@ def tail(path: str, count: int, fps: float, height: int, width: int) -> np.ndarr
 
 
 def read_prompts(path: str | pathlib.Path) -> list[dict[str, Any]]:
-  """Reads a JSONL of requests: a string, or an object with `prompt` and optionally negative, seed, scores, image, video.
+  """Reads a JSONL of requests: a text, or an object with `prompt` and any of negative, seed, scores, image, video.
 
   Raises:
     DataError: names the line that is not JSON, has no prompt or an unknown key.

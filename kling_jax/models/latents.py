@@ -69,15 +69,18 @@ def make(name: str, **options: typing.Any) -> Codec:
 class HaarCodec:
   """An orthonormal 3-D Haar wavelet over blocks of temporal x spatial x spatial pixels, the strongest part kept.
 
-  One matrix W with orthonormal rows, (channels, 3 temporal spatial^2), maps a block to its latent, z = (W block) / rms;
-  the transpose maps back, block = W^T (rms z). With all channels kept decode(encode(x)) = x; with fewer it is the
-  orthogonal projection on what is kept.
+  One matrix W with orthonormal rows, (channels, 3 temporal spatial^2), maps a block to its latent, and the transpose
+  maps back: z = (W block) / scale, block = W^T (scale z). With all channels kept decode(encode(x)) = x; with fewer it
+  is the orthogonal projection on what is kept.
 
   * W is a Kronecker product of four orthonormal matrices: colour (the 3-point cosine transform of RGB: luma, red minus
     blue, magenta minus green, which on natural footage are nearly its principal axes), time, rows, columns
     (full Haar trees: 1 mean, then 1, 2, 4 ... details of halving support).
   * Channels are ordered by falling expected energy `_RMS`; equal ones stay together, in the order of the product.
-  * rms is the expected root mean square of each coefficient, so that each channel has about unit variance.
+  * scale^2 is the expected root mean square of the coefficient times its mean over the kept ones: latents have about
+    unit variance as a whole, and half of the spectrum's slope is left (the mean of a block about 2.5, the finest kept
+    detail below 1). Diffusion then settles coarse content at high noise and details at low noise, as in pixels; with
+    every channel at unit variance all of them emerge at once, and small models learn neither (docs/decisions.md).
   * The first frame is repeated `temporal` times to make its block, so that every channel means the same in every latent
     frame (temporal details are 0 there), and decoded as the mean over its block.
 
@@ -111,15 +114,20 @@ class HaarCodec:
 
   @property
   def analysis(self) -> np.ndarray:
-    """The matrix of `encode`, diag(1 / rms) W: float32 (channels, 3 temporal spatial^2), pixels in order C, T, H, W."""
-    basis, rms = _basis(self.temporal, self.spatial)
-    return (basis / rms[:, None])[: self.channels].astype(np.float32)
+    """The matrix of `encode`, diag(1 / scale) W: float32 (channels, 3 temporal spatial^2), pixels in order CTHW."""
+    basis, scale = self._kept()
+    return (basis / scale[:, None]).astype(np.float32)
 
   @property
   def synthesis(self) -> np.ndarray:
-    """The matrix of `decode`, W^T diag(rms): float32 (3 temporal spatial^2, channels)."""
-    basis, rms = _basis(self.temporal, self.spatial)
-    return (basis * rms[:, None])[: self.channels].T.astype(np.float32)
+    """The matrix of `decode`, W^T diag(scale): float32 (3 temporal spatial^2, channels)."""
+    basis, scale = self._kept()
+    return (basis * scale[:, None]).T.astype(np.float32)
+
+  def _kept(self) -> tuple[np.ndarray, np.ndarray]:
+    """The kept basis vectors as rows, and what each coefficient is divided by."""
+    basis, rms = (array[: self.channels] for array in _basis(self.temporal, self.spatial))
+    return basis, np.sqrt(rms * rms.mean())
 
   def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
     """See `Codec.latent_shape`."""

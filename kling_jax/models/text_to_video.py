@@ -1,4 +1,4 @@
-"""The whole text-to-video network: text encoder, null text, Video DiT and (frozen) codec under one tree of parameters."""
+"""The whole text-to-video network: text encoder, null text, Video DiT and frozen codec as one tree of parameters."""
 
 import dataclasses
 from typing import Any

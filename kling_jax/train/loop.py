@@ -102,14 +102,13 @@ def run(config: ml_collections.ConfigDict, folder: str | pathlib.Path) -> Summar
         counters.flops += flops
 
         leave = preemption.requested(step) or step == config.steps
-        due = lambda every: bool(every) and (step % every == 0 or leave)
         row: dict[str, Any] = {}
-        if table is not None and table.rows and due(config.validation.every):
+        if table is not None and table.rows and (leave or step % config.validation.every == 0):
           row |= table.evaluate(update, state)
           table.sample(update, state, step, folder)
         bar.advance(1, note=log.note)
         log.push(step, metrics, row, write=step % config.log.every == 0 or bool(row) or leave)
-        if due(config.checkpoint.every):
+        if leave or (config.checkpoint.every and step % config.checkpoint.every == 0):
           log.flush()
           checkpoints.save(step, state, meta())
         if leave:

@@ -86,7 +86,7 @@ def parameter_shardings(
 
 
 def like_parameters(mesh: Mesh, tree: Any, shardings: Mapping[str, NamedSharding]) -> Any:
-  """Shardings of a tree that contains flat parameter dicts (optimiser state, EMA): by parameter name, else replicated."""
+  """Shardings of a tree of flat parameter dicts (optimiser state, EMA): by parameter name, else replicated."""
 
   def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
     name = next((str(key.key) for key in reversed(path) if isinstance(key, jax.tree_util.DictKey)), "")

@@ -24,7 +24,7 @@ PRECISIONS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 class Batches(Protocol):
-  """Random access to the batches of a run: `batches[step]` is a pure function of the data set, the seed and the step."""
+  """Random access to the batches of a run: `batches[step]` is a pure function of data set, seed and step."""
 
   def __getitem__(self, step: int) -> Batch: ...
 
