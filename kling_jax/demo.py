@@ -22,7 +22,8 @@ from kling_jax.train import loop, metrics
 FILMS, FILM_SECONDS, FILM_SIZE = 10, 10.0, (144, 256)
 FRAMES, SIDE, FPS = 9, 32, 8.0  # what the model sees: a second of 32 x 32 pixels
 STEPS = 1000
-PROMPTS = 4
+PROMPTS = 4  # samples under captions of the set
+PAIRS = 12  # samples without text, told low and high motion from the same noise; the page shows the first four
 LEVELS = ("low", "high")
 
 
@@ -51,21 +52,23 @@ def run(workdir: pathlib.Path, videos: str | None = None, steps: int | None = No
   with _timed(clock, "train"):
     loop.run(_config(workdir / "set", STEPS if steps is None else steps), workdir / "train")
   with _timed(clock, "sample"):
-    requests = _requests(workdir / "set")
     model = sample.Model(workdir / "train")
-    clips = model(requests)
-    sample.write(clips, workdir / "samples" / "sample.mp4", FPS)
-  motion = _motion(requests, clips)
+    captioned = _captioned(workdir / "set")
+    told = [sample.Request("", seed=seed, scores={"motion": level}) for level in LEVELS for seed in range(PAIRS)]
+    clips = model(captioned), model(told, sample.Settings(text=1.0, scores_scale=2.0))
+    sample.write(clips[0], workdir / "samples" / "captions.mp4", FPS)
+    sample.write(clips[1], workdir / "samples" / "motion.mp4", FPS)
+  motion = _motion(told, clips[1])
   rows = metrics.read(workdir / "train" / "metrics.jsonl")
   facts = {
     "clips kept": funnel.kept,
     "first loss": f"{rows[0]['loss']:.3f}",
     "last loss": f"{rows[-1]['loss']:.3f}",
-    "motion, asked low": f"{motion['low']:.3f}",
-    "motion, asked high": f"{motion['high']:.3f}",
+    "motion, told low": motion["low"],
+    "motion, told high": motion["high"],
     "minutes": f"{sum(clock.values()) / 60:.1f}",
   }
-  _report(workdir, funnel, facts, rows, requests, clips, clock)
+  _report(workdir, funnel, facts, rows, (captioned, told), clips, clock)
   lines = [f"{name}: {value}" for name, value in facts.items()]
   return "\n".join([*lines, f"page: {workdir / 'report' / 'index.html'}"])
 
@@ -79,30 +82,29 @@ def _config(clip_set: pathlib.Path, steps: int) -> Any:
     "data.batch": min(16, kept), "data.threads": 2, "text.width": 128, "text.depth": 1, "text.tokens": 96,
     "optimizer.lr": 2e-3, "optimizer.schedule": "wsd", "optimizer.warmup": min(40, steps), "ema.decay": 0.99,
     "validation.every": max(steps // 4, 1), "validation.rows": 32, "checkpoint.every": max(steps // 2, 1),
-    "data.validation_fraction": 0.1, "log.every": 5, "sample.steps": 24, "sample.text": 1.5, "sample.scores": 3.0,
+    "data.validation_fraction": 0.1, "log.every": 5, "sample.steps": 24, "sample.text": 1.5, "drop.text": 0.3,
   })  # fmt: skip
   return c
 
 
-def _requests(clip_set: pathlib.Path) -> list[sample.Request]:
-  """The same prompts and seeds once with low and once with high motion; prompts are captions of the set."""
+def _captioned(clip_set: pathlib.Path) -> list[sample.Request]:
+  """Prompts are captions of the set."""
   source = records.RecordSource(clip_set)
   captions = list(dict.fromkeys(source.info(number).caption for number in range(len(source))))[:PROMPTS]
   captions = (captions * PROMPTS)[:PROMPTS]
-  return [
-    sample.Request(caption, seed=seed, scores={"motion": level})
-    for level in LEVELS
-    for seed, caption in enumerate(captions)
-  ]
+  return [sample.Request(caption, seed=seed) for seed, caption in enumerate(captions)]
 
 
-def _motion(requests: list[sample.Request], clips: list[np.ndarray]) -> dict[str, float]:
-  """Mean measured motion of the samples of each level, in the unit of the scorer."""
+def _motion(requests: list[sample.Request], clips: list[np.ndarray]) -> dict[str, str]:
+  """Measured motion of the samples of each level in the unit of the scorer: mean and standard error."""
   times_s = np.arange(FRAMES) / FPS
   found: dict[str, list[float]] = {level: [] for level in LEVELS}
   for request, frames in zip(requests, clips, strict=True):
     found[str(request.scores["motion"])].append(measure.score(frames, times_s)["motion"].value)
-  return {level: float(np.mean(values)) for level, values in found.items()}
+  return {
+    level: f"{np.mean(values):.3f} ± {np.std(values, ddof=1) / np.sqrt(len(values)):.3f}"
+    for level, values in found.items()
+  }
 
 
 def _report(
@@ -110,23 +112,22 @@ def _report(
   funnel: Any,
   facts: dict[str, Any],
   rows: list[dict[str, Any]],
-  requests: list[sample.Request],
-  clips: list[np.ndarray],
+  requests: tuple[list[sample.Request], list[sample.Request]],
+  clips: tuple[list[np.ndarray], list[np.ndarray]],
   clock: dict[str, float],
 ) -> None:
   document = page.Page("kling_jax demo", "From footage to a trained, sampled Video DiT on this machine.")
   document.section("In short")
   document.facts(facts)
+  tile = lambda request, frames, note: page.Tile(encode.encode(frames, fps=FPS), request.prompt or "no text", note=note)
+  document.section("Samples", "Under captions of the set.")
+  document.gallery([tile(request, frames, "") for request, frames in zip(requests[0], clips[0], strict=True)])
   document.section(
-    "Samples", "The same prompts and noise, told low and high motion (the set's 1st and 99th percentile)."
+    "Motion", "Without text, from the same noise, told low and high motion (the set's 1st and 99th percentile)."
   )
-  tiles = []
-  for low, high in zip(range(PROMPTS), range(PROMPTS, 2 * PROMPTS), strict=True):
-    for number in (low, high):
-      media = encode.encode(clips[number], fps=FPS)
-      level = str(requests[number].scores["motion"])
-      tiles.append(page.Tile(media, requests[number].prompt or "(no caption)", note=f"{level} motion"))
-  document.gallery(tiles)
+  told = list(zip(requests[1], clips[1], strict=True))
+  pairs = [item for low, high in zip(told[:PAIRS], told[PAIRS:], strict=True) for item in (low, high)]
+  document.gallery([tile(request, frames, f"{request.scores['motion']} motion") for request, frames in pairs[:8]])
   document.section("Training")
   steps, loss = [row["step"] for row in rows], [row["loss"] for row in rows]
   checked = [row for row in rows if "val_loss" in row]
