@@ -13,6 +13,7 @@ from kling_jax import config as config_lib
 from kling_jax import page
 from kling_jax.curation import curate
 from kling_jax.curation import report as curation_report
+from kling_jax.curation.video import Recipe
 from kling_jax.data import encode, films, records
 from kling_jax.errors import UsageError
 from kling_jax.generate import sample
@@ -20,6 +21,7 @@ from kling_jax.measure import clip as measure
 from kling_jax.train import loop, metrics
 
 FILMS, FILM_SECONDS, FILM_SIZE = 10, 10.0, (144, 256)
+MEDIA_SIDE = 144  # shorter side of the clips that are kept, in pixels
 FRAMES, SIDE, FPS = 9, 32, 8.0  # what the model sees: a second of 32 x 32 pixels
 STEPS = 1000
 PROMPTS = 4  # samples under captions of the set
@@ -48,7 +50,7 @@ def run(workdir: pathlib.Path, videos: str | None = None, steps: int | None = No
         films.render_films(workdir / "films", FILMS, FILM_SECONDS, FILM_SIZE)
     videos = str(workdir / "films")
   with _timed(clock, "curate"):
-    funnel = curate.curate(videos, workdir / "set", curate.Options(report=False))
+    funnel = curate.curate(videos, workdir / "set", curate.Options(Recipe(short_side=MEDIA_SIDE), report=False))
   with _timed(clock, "train"):
     loop.run(_config(workdir / "set", STEPS if steps is None else steps), workdir / "train")
   with _timed(clock, "sample"):

@@ -2,6 +2,8 @@
 
 import csv
 import fractions
+import gc
+import itertools
 import pathlib
 
 import av
@@ -384,3 +386,23 @@ def test_probe_states_exact_ticks() -> None:
   rate = fractions.Fraction(30000, 1001)
   info = decode.probe(encode.encode([grey(9)] * 12, fps=rate))
   assert (info.start_pts, info.end_pts * info.time_base, info.fps) == (0, 12 / rate, pytest.approx(float(rate)))
+
+
+def test_decoded_frames_do_not_wait_for_the_cyclic_collector(shared: pathlib.Path) -> None:
+  """240 frames of 720p are 330 MB; without any collection, decoding them must not hold on to them."""
+  import psutil
+
+  process = psutil.Process()
+  source = shared / "videos" / "fades_autumn_deer.mp4"
+  gc.collect()
+  gc.disable()
+  try:
+    frames = iter(decode.iterate(source, size=(64, 64)))
+    next(frames)
+    before = process.memory_info().rss
+    for _ in itertools.islice(frames, 240):
+      pass
+    grown = process.memory_info().rss - before
+  finally:
+    gc.enable()
+  assert grown < 120 * 2**20, f"{grown / 2**20:.0f} MiB"
