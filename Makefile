@@ -35,6 +35,7 @@ check: venv
 	$(BIN)/python -m pytest tests/test_floors.py
 
 bench: venv
+	$(BIN)/python -m pip install --quiet -e '.[bench]'
 	$(BIN)/python benchmarks/train_step.py
 	$(BIN)/python benchmarks/input_pipeline.py
 
