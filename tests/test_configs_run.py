@@ -16,11 +16,14 @@ CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.py") if not path.st
 @pytest.mark.drill
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_runs_locally(path: pathlib.Path, tmp_path: pathlib.Path) -> None:
-  summary = loop.run(config_lib.load(f"{path}:runlocal", ["--config.log.profile=(2, 4)"]), tmp_path)
+  summary = loop.run(
+    config_lib.load(f"{path}:runlocal", ["--config.log.profile=(2, 4)", "--config.log.every=1"]), tmp_path
+  )
   assert list((tmp_path / "profile").rglob("*.xplane.pb")), "the steps that log.profile names are traced"
   rows = metrics.read(tmp_path / "metrics.jsonl")
   assert summary.finished and rows[-1]["step"] == summary.step
-  assert rows[-1]["loss"] < 0.9 * rows[0]["loss"]
+  losses = [row["loss"] for row in rows]
+  assert sum(losses[-5:]) < 0.95 * sum(losses[:5])
 
 
 @pytest.mark.parametrize("size", sorted(video_dit.PRESETS))
