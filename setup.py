@@ -44,6 +44,7 @@ EXTRAS["test"] = (
     "psutil>=6",
     "pytest>=8",
     "pytest-timeout>=2.3",
+    "pytest-xdist>=3.6",
     "ruff>=0.6",
     "types-requests",
   ]
