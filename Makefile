@@ -23,7 +23,7 @@ demo: venv
 	$(BIN)/kling demo $(if $(VIDEOS),--videos "$(VIDEOS)") $(if $(WORKDIR),--workdir "$(WORKDIR)")
 
 test: venv
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
 
 drill: venv
 	$(BIN)/python -m pytest -m drill --timeout 1200

@@ -23,7 +23,7 @@ def test_runs_locally(path: pathlib.Path, tmp_path: pathlib.Path) -> None:
   rows = metrics.read(tmp_path / "metrics.jsonl")
   assert summary.finished and rows[-1]["step"] == summary.step
   losses = [row["loss"] for row in rows]
-  assert sum(losses[-5:]) < 0.95 * sum(losses[:5])
+  assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
 
 
 @pytest.mark.parametrize("size", sorted(video_dit.PRESETS))

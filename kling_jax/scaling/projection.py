@@ -25,20 +25,19 @@ class Rows:
   """The rows of one table, with N and T in units of their geometric means: A and B are then of the loss's own size.
 
   Attributes:
-    x, z: log N and log T, centred. y: L. All (n,).
+    x, z: log N and log T, centred. (n,)
     x0, z0: what was subtracted.
   """
 
   x: np.ndarray
   z: np.ndarray
-  y: np.ndarray
   x0: float
   z0: float
 
   @classmethod
-  def of(cls, params: np.ndarray, tokens: np.ndarray, loss: np.ndarray) -> "Rows":
+  def of(cls, params: np.ndarray, tokens: np.ndarray) -> "Rows":
     x, z = np.log(params), np.log(tokens)
-    return cls(x - x.mean(), z - z.mean(), np.asarray(loss, float), float(x.mean()), float(z.mean()))
+    return cls(x - x.mean(), z - z.mean(), float(x.mean()), float(z.mean()))
 
   def surface(self, theta: np.ndarray) -> Surface:
     """Parameters (..., 5) = (E, A, B, alpha, beta) in these units, as a surface in raw counts."""
@@ -56,53 +55,60 @@ class Rows:
     return E + A * np.exp(-alpha * self.x) + B * np.exp(-beta * self.z)
 
 
-def solve(rows: Rows, weights: np.ndarray, start: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-  """Minimises sum of weight * (L - model)^2 for each row of weights.
+def solve(
+  rows: Rows, loss: np.ndarray, weights: np.ndarray, start: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+  """Minimises sum of weight * (loss - model)^2 for k problems.
 
   Args:
-    rows: the table.
-    weights: (k, n), not negative.
+    rows: N and T of the table.
+    loss: L, (n,) or (k, n).
+    weights: (n,) or (k, n), not negative.
     start: (alpha, beta) of a neighbouring problem; tried first, and kept where no point of the grid is better.
 
   Returns:
     Parameters (k, 5) = (E, A, B, alpha, beta) in the units of `rows`, and the minima (k,).
   """
-  parts = [_solve(rows, weights[k : k + CHUNK], start) for k in range(0, len(weights), CHUNK)]
+  shape = np.broadcast_shapes(loss.shape, weights.shape, (1, len(rows.x)))
+  y, w = np.broadcast_to(loss, shape), np.broadcast_to(weights, shape)
+  parts = [_solve(rows, y[k : k + CHUNK], w[k : k + CHUNK], start) for k in range(0, shape[0], CHUNK)]
   return np.concatenate([theta for theta, _ in parts]), np.concatenate([value for _, value in parts])
 
 
-def _solve(rows: Rows, weights: np.ndarray, start: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-  values, exponents = grid(rows, weights)
+def _solve(rows: Rows, y: np.ndarray, weights: np.ndarray, start: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+  values, exponents = grid(rows, y, weights)
   best = values.argmin(axis=1)
   if start is None:
     candidates = _valleys(values)
-    theta, value = _newton(rows, weights, exponents[candidates[:, 0]])
+    theta, value = _newton(rows, y, weights, exponents[candidates[:, 0]])
     for column in candidates.T[1:]:
-      other, lower = _newton(rows, weights, exponents[column])
+      other, lower = _newton(rows, y, weights, exponents[column])
       theta, value = np.where((lower < value)[:, None], other, theta), np.minimum(lower, value)
     return theta, value
-  theta, value = _newton(rows, weights, np.broadcast_to(np.asarray(start, float), (len(weights), 2)))
+  theta, value = _newton(rows, y, weights, np.broadcast_to(np.asarray(start, float), (len(weights), 2)))
   worse = np.flatnonzero(values.min(axis=1) < value)
   if len(worse):
-    other, lower = _newton(rows, weights[worse], exponents[best[worse]])
+    other, lower = _newton(rows, y[worse], weights[worse], exponents[best[worse]])
     better = worse[lower < value[worse]]
     theta[better], value[better] = other[lower < value[worse]], lower[lower < value[worse]]
   return theta, value
 
 
-def grid(rows: Rows, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def grid(rows: Rows, y: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   """The projected objective (k, g * g) on the grid of exponents, and those exponents (g * g, 2)."""
   size = len(GRID)
   u, v = np.exp(-GRID[:, None] * rows.x), np.exp(-GRID[:, None] * rows.z)  # (g, n)
-  u0, v0, y0 = u.mean(axis=1), v.mean(axis=1), rows.y.mean()
-  u, v, y = u - u0[:, None], v - v0[:, None], rows.y - y0  # centred, so that the moments below lose no digits
+  u0, v0, y0 = u.mean(axis=1), v.mean(axis=1), y.mean()
+  u, v, y = u - u0[:, None], v - v0[:, None], y - y0  # centred, so that the moments below lose no digits
   total = weights.sum(axis=1)
-  mean = lambda a: weights @ a.T / total[:, None]  # (k, columns)
-  mu, mv, my = mean(u), mean(v), weights @ y / total
+  weights = weights / total[:, None]
+  wy = weights * y
+  mean = lambda a: weights @ a.T  # (k, columns)
+  mu, mv, my = mean(u), mean(v), wy.sum(axis=1)
   cuu = mean(u * u) - mu**2
   cvv = mean(v * v) - mv**2
-  cuy, cvy = mean(u * y) - mu * my[:, None], mean(v * y) - mv * my[:, None]
-  cyy = weights @ (y * y) / total - my**2
+  cuy, cvy = wy @ u.T - mu * my[:, None], wy @ v.T - mv * my[:, None]
+  cyy = (wy * y).sum(axis=1) - my**2
   cuv = mean((u[:, None] * v[None]).reshape(size * size, -1)) - (mu[:, :, None] * mv[:, None]).reshape(-1, size * size)
   over = lambda a: np.repeat(a, size, axis=1)  # alpha varies slowly
   under = lambda a: np.tile(a, (1, size))
@@ -163,10 +169,12 @@ def _linear(mu, mv, my, cuu, cvv, cuv, cuy, cvy, cyy) -> tuple[np.ndarray, np.nd
   return coefficients, best
 
 
-def _newton(rows: Rows, weights: np.ndarray, exponents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _newton(
+  rows: Rows, y: np.ndarray, weights: np.ndarray, exponents: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
   """Newton's method in the logs of the exponents, for each problem from its own start (k, 2)."""
   p = np.log(exponents)
-  theta, value, slope, curve = _evaluate(rows, weights, p)
+  theta, value, slope, curve = _evaluate(rows, y, weights, p)
   damping, running = np.zeros(len(p)), np.arange(len(p))
   low, high = np.log(EXPONENTS[0]), np.log(EXPONENTS[1])
   for _ in range(100):
@@ -180,7 +188,7 @@ def _newton(rows: Rows, weights: np.ndarray, exponents: np.ndarray) -> tuple[np.
     step *= np.minimum(1, 0.7 / np.maximum(np.linalg.norm(step, axis=1, keepdims=True), 1e-300))
     to = np.clip(p[running] + step, low, high)
     step = to - p[running]
-    new = _evaluate(rows, weights[running], to)
+    new = _evaluate(rows, y[running], weights[running], to)
     lower = new[1] <= value[running]
     expected = np.abs((slope[running] * step).sum(axis=1))
     done = (expected <= 1e-15 * value[running]) | (np.abs(step).max(axis=1) < 1e-12) | (damping[running] > 1e30)
@@ -195,18 +203,18 @@ def _newton(rows: Rows, weights: np.ndarray, exponents: np.ndarray) -> tuple[np.
   return theta, value
 
 
-def _evaluate(rows: Rows, weights: np.ndarray, p: np.ndarray) -> tuple[np.ndarray, ...]:
+def _evaluate(rows: Rows, y: np.ndarray, weights: np.ndarray, p: np.ndarray) -> tuple[np.ndarray, ...]:
   """At log exponents p (k, 2): parameters (k, 5), objective (k,), its gradient (k, 2) and Hessian (k, 2, 2) in p."""
   alpha, beta = np.exp(p[:, :1]), np.exp(p[:, 1:])
   u, v = np.exp(-alpha * rows.x), np.exp(-beta * rows.z)  # (k, n)
   total = weights.sum(axis=1, keepdims=True)
   mean = lambda a: (weights * a).sum(axis=1) / total[:, 0]
-  mu, mv, my = mean(u), mean(v), mean(rows.y[None])
-  du, dv, dy = u - mu[:, None], v - mv[:, None], rows.y - my[:, None]
+  mu, mv, my = mean(u), mean(v), mean(y)
+  du, dv, dy = u - mu[:, None], v - mv[:, None], y - my[:, None]
   moments = (mu, mv, my, mean(du * du), mean(dv * dv), mean(du * dv), mean(du * dy), mean(dv * dy), mean(dy * dy))
   c, _ = _linear(*moments)
   theta = np.concatenate([c, alpha, beta], axis=1)
-  r = rows.y - (c[:, :1] + c[:, 1:2] * u + c[:, 2:] * v)
+  r = y - (c[:, :1] + c[:, 1:2] * u + c[:, 2:] * v)
   value = (weights * r * r).sum(axis=1)
   J = np.stack([np.ones_like(u), u, v, -c[:, 1:2] * rows.x * u, -c[:, 2:] * rows.z * v], axis=2)
   H = hessian(rows, weights, u, v, r, c, J)
