@@ -336,6 +336,17 @@ def test_scaling_family_has_width_cubed_kernel_parameters(size):
   assert config.head_size == 64
 
 
+@pytest.mark.parametrize(("size", "head_size"), [("d32", 32), ("d96", 96), ("d256", 64), ("d144", 72)])
+def test_any_width_has_a_member_of_the_scaling_family(size, head_size):
+  config = preset(size)
+  kernels = [
+    s.size for name, s in describe(config)[1].items() if name.startswith("blocks.") and name.endswith("kernel")
+  ]
+  assert sum(kernels) == int(size[1:]) ** 3
+  assert config.head_size == head_size
+  assert preset("d640") == preset("n0.26b")
+
+
 def test_every_parameter_names_its_axes_and_blocks_are_stacked():
   for name, axes in AXES.items():
     assert len(axes) == len(SHAPES[name].shape)
@@ -361,6 +372,8 @@ def test_inputs_that_do_not_fit_are_named(change, message):
 def test_configs_that_cannot_be_are_named():
   with pytest.raises(ConfigError, match=r"did you mean '1\.3b'"):
     preset("1.3B")
+  with pytest.raises(ConfigError, match="multiple of 16"):
+    preset("d100")
   with pytest.raises(ConfigError, match="did you mean 'attention'"):
     preset("XS", remat="names:atention")
   with pytest.raises(ConfigError, match="known: none, full"):

@@ -86,8 +86,14 @@ def remat_policy(remat: str):
 
 
 def _scaling(width: int) -> VideoDiTConfig:
-  """The family of arXiv 2411.17470: 16 width^2 kernel parameters a block and depth = width/16, so N = width^3."""
-  return VideoDiTConfig(width, depth=width // 16, heads=width // 64, mlp_width=4 * width)
+  """The family of arXiv 2411.17470: 16 width^2 kernel parameters a block and depth = width/16, so N = width^3.
+
+  It has the most heads of at least 64 that divide the width.
+  """
+  if width < 16 or width % 16:
+    raise ConfigError(f"Video DiT size 'd{width}': the width of the scaling family is a multiple of 16")
+  heads = next(count for count in range(max(1, width // 64), 0, -1) if width % count == 0 and width // count % 2 == 0)
+  return VideoDiTConfig(width, depth=width // 16, heads=heads, mlp_width=4 * width)
 
 
 PRESETS = {
@@ -111,7 +117,13 @@ PRESETS = {
 
 
 def preset(size: str, **changes) -> VideoDiTConfig:
-  """The named size, with the given fields changed; ConfigError with the nearest name where there is none."""
+  """The named size, with the given fields changed; ConfigError with the nearest name where there is none.
+
+  Args:
+    size: a name in PRESETS, or "d96": the member of the scaling family with that width, 96^3 kernel parameters.
+  """
+  if size[:1] == "d" and size[1:].isdecimal():
+    return dataclasses.replace(_scaling(int(size[1:])), **changes)
   if size not in PRESETS:
     raise ConfigError(f"Video DiT size {size!r} does not exist{nearest(size, PRESETS)}")
   return dataclasses.replace(PRESETS[size], **changes)

@@ -75,6 +75,12 @@ def solve(
   return np.concatenate([theta for theta, _ in parts]), np.concatenate([value for _, value in parts])
 
 
+def at(rows: Rows, loss: np.ndarray, weights: np.ndarray, exponents: np.ndarray) -> np.ndarray:
+  """The best parameters (k, 5) for given exponents (k, 2)."""
+  shape = (len(exponents), len(rows.x))
+  return _evaluate(rows, np.broadcast_to(loss, shape), np.broadcast_to(weights, shape), np.log(exponents))[0]
+
+
 def _solve(rows: Rows, y: np.ndarray, weights: np.ndarray, start: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
   values, exponents = grid(rows, y, weights)
   best = values.argmin(axis=1)
