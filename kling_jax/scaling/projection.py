@@ -175,9 +175,7 @@ def _linear(mu, mv, my, cuu, cvv, cuv, cuy, cvy, cyy) -> tuple[np.ndarray, np.nd
   return coefficients, best
 
 
-def _newton(
-  rows: Rows, y: np.ndarray, weights: np.ndarray, exponents: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def _newton(rows: Rows, y: np.ndarray, weights: np.ndarray, exponents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   """Newton's method in the logs of the exponents, for each problem from its own start (k, 2)."""
   p = np.log(exponents)
   theta, value, slope, curve = _evaluate(rows, y, weights, p)

@@ -44,6 +44,7 @@ class RunTable:
     lr, batch_tokens, flops: (n,), or None where the table lacks them.
     flop_rule: how `flops` were counted; "" where the table does not say.
     has_split: whether the table itself says which rows are held out.
+    measured: whether the weights are 1 / variance of measured noise, and not relative ones.
     warnings: what was noticed while reading.
   """
 
@@ -58,6 +59,7 @@ class RunTable:
   flops: np.ndarray | None = None
   flop_rule: str = ""
   has_split: bool = False
+  measured: bool = False
   warnings: tuple[str, ...] = ()
 
   def __len__(self) -> int:
@@ -142,7 +144,7 @@ def from_columns(
   whole = RunTable(
     params=numbers["params"], tokens=numbers["tokens"], loss=numbers["loss"], weight=weight, holdout=split, run=run,
     lr=numbers.get("lr"), batch_tokens=numbers.get("batch_tokens"), flops=numbers.get("flops"), flop_rule=rules[0],
-    has_split=has_split, warnings=tuple(warnings),
+    has_split=has_split, measured="stderr" in numbers and "weight" not in numbers, warnings=tuple(warnings),
   )  # fmt: skip
   check_units(whole, name)
   return whole.take(finite)

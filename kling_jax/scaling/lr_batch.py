@@ -1,0 +1,208 @@
+"""The best learning rate and batch: a quadratic in their logs for each (N, T), and power laws through its minima."""
+
+import dataclasses
+
+import numpy as np
+
+from kling_jax.errors import DataError
+from kling_jax.scaling import loglinear
+from kling_jax.scaling.table import RunTable
+
+WITHIN = 0.01  # runs whose loss lies within this share of their cell's lowest one enter its quadratic
+ENOUGH = 12  # runs of a quadratic, two for each of its six coefficients; cells with fewer tell little
+LEAST = 7  # runs of a quadratic at all
+REACH = np.log(2)  # how far, in logs, a minimum may lie outside the rates and batches that were run
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+  """One (N, T) with its runs over learning rate and batch.
+
+  Attributes:
+    params, tokens: N, T. rows: indices of its runs in the table.
+    lr, batch_tokens, loss: at the minimum of the quadratic; of the best run where there is none.
+    hessian: (2, 2) of the loss over its minimum in (log lr, log B); None where there is none.
+    covariance: (2, 2) of the minimum's (log lr, log B); None likewise.
+    noise: standard deviation of a run's loss about the quadratic; NaN without one.
+    near: how many runs entered the quadratic.
+    reason: why there is no minimum; "" where there is one.
+  """
+
+  params: float
+  tokens: float
+  rows: np.ndarray
+  lr: float
+  batch_tokens: float
+  loss: float
+  hessian: np.ndarray | None = None
+  covariance: np.ndarray | None = None
+  noise: float = float("nan")
+  near: int = 0
+  reason: str = ""
+
+  def penalty(self, lr: float, batch_tokens: float) -> float:
+    """Relative loss above the minimum, by the quadratic."""
+    assert self.hessian is not None
+    away = np.log([lr / self.lr, batch_tokens / self.batch_tokens])
+    return float(away @ self.hessian @ away / 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Laws:
+  """lr(N, T), B(N, T), and what surrounds the optimum.
+
+  Attributes:
+    lr, batch_tokens: power laws.
+    curvature: mean Hessian of the relative loss in (log lr, log B), for the regret of leaving the optimum.
+    tilt: d log lr / d log B along the valley: the best rate where hardware forces another batch.
+    cells: those that the laws were fitted to; left_out: the others, each with its reason.
+    warnings: what weakens the laws.
+  """
+
+  lr: loglinear.PowerFit
+  batch_tokens: loglinear.PowerFit
+  curvature: np.ndarray
+  tilt: float
+  cells: tuple[Cell, ...]
+  left_out: tuple[Cell, ...]
+  warnings: tuple[str, ...] = ()
+
+  def lr_given_batch(self, batch_tokens: float, params: float, tokens: float) -> float:
+    """eta(B | N, T): the best learning rate for a batch that is not the best one."""
+    best = float(self.batch_tokens.law(params=params, tokens=tokens))
+    return float(self.lr.law(params=params, tokens=tokens) * (batch_tokens / best) ** self.tilt)
+
+  def penalty(self, lr: float, batch_tokens: float, params: float, tokens: float) -> float:
+    """Expected relative loss above the optimum of (N, T)."""
+    best = self.lr.law(params=params, tokens=tokens), self.batch_tokens.law(params=params, tokens=tokens)
+    away = np.log([float(lr / best[0]), float(batch_tokens / best[1])])
+    return float(away @ self.curvature @ away / 2)
+
+
+def has_grids(table: RunTable) -> bool:
+  """Whether the table holds several learning rates or batches for some (N, T)."""
+  return table.lr is not None and table.batch_tokens is not None and len(groups(table)) < len(table)
+
+
+def groups(table: RunTable) -> list[np.ndarray]:
+  """Row indices of each (N, T), in order of N, then T."""
+  pairs = np.round(np.log(np.stack([table.params, table.tokens], axis=1)), 4)
+  _, inverse = np.unique(pairs, axis=0, return_inverse=True)
+  return [np.flatnonzero(inverse == group) for group in range(inverse.max() + 1)]
+
+
+def cells(table: RunTable, within: float = WITHIN) -> list[Cell]:
+  """Fits the quadratic of every (N, T).
+
+  Args:
+    table: with lr and batch_tokens.
+    within: runs further above their cell's lowest loss, as a share of it, are left out: a quadratic is local.
+  """
+  if table.lr is None or table.batch_tokens is None:
+    raise DataError("laws of learning rate and batch need the columns lr and batch_tokens")
+  return [_cell(table, rows, within) for rows in groups(table)]
+
+
+def _cell(table: RunTable, rows: np.ndarray, within: float) -> Cell:
+  assert table.lr is not None and table.batch_tokens is not None
+  lowest = rows[table.loss[rows].argmin()]
+  params, tokens = float(table.params[lowest]), float(table.tokens[lowest])
+  best = Cell(
+    params, tokens, rows, float(table.lr[lowest]), float(table.batch_tokens[lowest]), float(table.loss[lowest])
+  )
+  near = rows[table.loss[rows] <= table.loss[lowest] * (1 + within)]
+  x, y = np.log(table.lr[near]), np.log(table.batch_tokens[near])
+  if min(len(np.unique(x.round(6))), len(np.unique(y.round(6)))) < 3 or len(near) < LEAST:
+    reason = f"{len(near)} runs within {within:.1%} of the best; a quadratic needs {LEAST}, of 3 rates and 3 batches"
+    return dataclasses.replace(best, reason=reason)
+  x0, y0 = x.mean(), y.mean()
+  x, y = x - x0, y - y0
+  X = np.stack([np.ones_like(x), x, y, x * x / 2, y * y / 2, x * y], axis=1)
+  if np.linalg.matrix_rank(X) < 6:
+    return dataclasses.replace(best, reason="its runs do not span a quadratic")
+  c, _, _, _ = np.linalg.lstsq(X, table.loss[near], rcond=None)
+  H = np.array([[c[3], c[5]], [c[5], c[4]]])
+  if np.linalg.eigvalsh(H)[0] <= 0:
+    return dataclasses.replace(best, reason="its quadratic has no minimum (Hessian not positive definite)")
+  vertex = np.linalg.solve(H, -c[1:3])
+  loss = float(c[0] + c[1:3] @ vertex / 2)
+  dof = max(len(near) - 6, 1)
+  noise = float(np.sqrt(((table.loss[near] - X @ c) ** 2).sum() / dof))
+  # d vertex / d c: H dv = -(dg + dH v)
+  dX = np.zeros((2, 6))
+  dX[0, 1] = dX[1, 2] = 1
+  dX[0, 3], dX[1, 4] = vertex
+  dX[0, 5], dX[1, 5] = vertex[1], vertex[0]
+  slope = -np.linalg.solve(H, dX)
+  covariance = noise**2 * slope @ np.linalg.inv(X.T @ X) @ slope.T
+  lr, batch = float(np.exp(x0 + vertex[0])), float(np.exp(y0 + vertex[1]))
+  found = dataclasses.replace(
+    best, lr=lr, batch_tokens=batch, loss=loss, hessian=H / loss, covariance=covariance, noise=noise, near=len(near)
+  )
+  every = np.log(table.lr[rows]), np.log(table.batch_tokens[rows])
+  outside = any(not a.min() - REACH <= v <= a.max() + REACH for a, v in zip(every, np.log([lr, batch]), strict=True))
+  if outside:
+    return dataclasses.replace(best, reason=f"its minimum (lr {lr:.3g}, batch {batch:.3g}) lies outside its grid")
+  return found
+
+
+def fit(table: RunTable, within: float = WITHIN) -> Laws:
+  """The laws lr(N, T) and B(N, T), by least squares in logs over the cells that have a minimum.
+
+  Cells whose quadratic stands on fewer than ENOUGH runs are used, with a warning, where there are not four others.
+
+  Raises:
+    DataError: no lr or batch_tokens, or fewer than four cells with a minimum.
+  """
+  every = cells(table, within)
+  warnings = []
+  if sum(not cell.reason and cell.near >= ENOUGH for cell in every) >= 4:
+    few = lambda cell: f"{cell.near} runs within {within:.1%} of the best; {ENOUGH} make a good quadratic"
+    every = [
+      cell if cell.reason or cell.near >= ENOUGH else dataclasses.replace(cell, reason=few(cell)) for cell in every
+    ]
+  else:
+    warnings.append(f"fewer than four (N, T) have {ENOUGH} runs near their best; quadratics stand on as few as {LEAST}")
+  good = [cell for cell in every if not cell.reason]
+  bad = tuple(cell for cell in every if cell.reason)
+  if len(good) < 4:
+    why = f"; {bad[0].params:.3g} parameters, {bad[0].tokens:.3g} tokens: {bad[0].reason}" if bad else ""
+    raise DataError(f"{len(good)} of {len(every)} cells have a best (lr, batch); laws of N and T need four{why}")
+  arguments = {"params": np.array([cell.params for cell in good]), "tokens": np.array([cell.tokens for cell in good])}
+  curvature = np.mean([cell.hessian for cell in good if cell.hessian is not None], axis=0)
+  return Laws(
+    lr=loglinear.fit(np.array([cell.lr for cell in good]), arguments),
+    batch_tokens=loglinear.fit(np.array([cell.batch_tokens for cell in good]), arguments),
+    curvature=curvature,
+    tilt=float(-curvature[0, 1] / curvature[0, 0]),
+    cells=tuple(good),
+    left_out=bad,
+    warnings=tuple(warnings),
+  )
+
+
+def tuned(table: RunTable) -> RunTable:
+  """One row for each (N, T): the loss at its best learning rate and batch.
+
+  That is the minimum of the quadratic where there is one, and the lowest loss of its runs where there is none. Rows
+  are weighted alike: how well a cell is tuned, not the noise of one run, is what its loss leaves open.
+  """
+  found = cells(table)
+  first = [int(cell.rows[0]) for cell in found]
+  return table.take(
+    first,
+    loss=np.array([cell.loss for cell in found]),
+    lr=np.array([cell.lr for cell in found]),
+    batch_tokens=np.array([cell.batch_tokens for cell in found]),
+    weight=np.ones(len(found)),
+    run=np.arange(len(found)),
+    holdout=np.array([bool(table.holdout[cell.rows].all()) for cell in found]),
+  )
+
+
+def fixed(table: RunTable, lr: float, batch_tokens: float) -> RunTable:
+  """One row for each (N, T): its measured run nearest, in logs, to one learning rate and batch for all."""
+  assert table.lr is not None and table.batch_tokens is not None
+  away = np.hypot(np.log(table.lr / lr), np.log(table.batch_tokens / batch_tokens))
+  rows = [int(group[away[group].argmin()]) for group in groups(table)]
+  return table.take(rows, run=np.arange(len(rows)))
