@@ -302,6 +302,21 @@ def _size(text: str | None) -> tuple[int | None, int | None]:
   return int(width), int(height)
 
 
+# ---- sweep ---------------------------------------------------------------------------------------------------------
+
+
+def _add_sweep(parser: Parser) -> None:
+  from kling_jax.scaling import command  # flags only, nothing heavy
+
+  command.add(parser)
+
+
+def _sweep(args: argparse.Namespace) -> int:
+  from kling_jax.scaling import command
+
+  return command.run(args)
+
+
 VERBS: dict[str, tuple[Callable[[Parser], None], Run, str]] = {
   "demo": (_add_demo, _demo, "The whole chain in minutes: curate, train, sample, report."),
   "doctor": (_add_json, _doctor, "What this machine can run, and what each extra would add."),
@@ -311,4 +326,5 @@ VERBS: dict[str, tuple[Callable[[Parser], None], Run, str]] = {
   "encode": (_add_encode, _encode, "Latents and text of a clip set into caches."),
   "train": (_add_train, _train, "Train any task of any config."),
   "sample": (_add_sample, _sample, "Videos from a checkpoint: from text, from an image, continuing a video."),
+  "sweep": (_add_sweep, _sweep, "Scaling laws: fit them to runs, check them, predict with them."),
 }

@@ -129,12 +129,9 @@ def fit(table: RunTable, options: Options | None = None) -> Fit:
   options = options or Options()
   table = table.fitted
   check(table)
+  estimate, objective = point(table, options)
   rows = projection.Rows.of(table.params, table.tokens)
-  if options.method == "vp":
-    found, values = projection.solve(rows, table.loss, table.weight)
-  else:
-    found, values = huber.minima(rows, table.loss, table.weight, options.delta)
-  theta = found[0]
+  theta = rows.theta(estimate)
   dof = len(table) - len(PARAMETERS)
   residuals = table.loss - rows.predict(theta[None])[0]
   sigma = math.sqrt(float((table.weight * residuals**2).sum()) / dof)  # of a row of weight 1
@@ -148,11 +145,20 @@ def fit(table: RunTable, options: Options | None = None) -> Fit:
     draws = intervals.noise_draws(rows, theta, table.weight, sigma, noise_dof, refit, options.draws, rng)
   else:
     draws = intervals.run_draws(table.loss, table.weight, table.run, refit, options.draws, rng)
-  estimate = Surface(*map(float, dataclasses.astuple(rows.surface(theta))))
   return Fit(
-    options, table, estimate, float(values[0]), sigma / math.sqrt(float(table.weight.mean())), float(table.runs - 1),
+    options, table, estimate, objective, sigma / math.sqrt(float(table.weight.mean())), float(table.runs - 1),
     bootstrap, rows.surface(draws), warnings,
   )  # fmt: skip
+
+
+def point(table: RunTable, options: Options) -> tuple[Surface, float]:
+  """The surface alone, without draws, and its objective; for rows that have been checked."""
+  rows = projection.Rows.of(table.params, table.tokens)
+  if options.method == "vp":
+    found, values = projection.solve(rows, table.loss, table.weight)
+  else:
+    found, values = huber.minima(rows, table.loss, table.weight, options.delta)
+  return Surface(*map(float, dataclasses.astuple(rows.surface(found[0])))), float(values[0])
 
 
 def _choose_bootstrap(table: RunTable, options: Options) -> tuple[str, tuple[str, ...]]:

@@ -137,7 +137,8 @@ def valleys(
   groups = np.split(order, np.flatnonzero(np.diff(np.log(flops[order])) > SAME_BUDGET) + 1)
   found = []
   for rows in groups:
-    if len(np.unique(params[rows])) < 4:
+    # Runs at any budget chain into one wide group: no IsoFLOP design.
+    if len(np.unique(params[rows])) < 4 or np.ptp(np.log(flops[rows])) > 2 * SAME_BUDGET:
       continue
     x = np.log(params[rows])
     centre = x.mean()

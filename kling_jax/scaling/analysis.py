@@ -1,0 +1,260 @@
+"""Everything that a table of runs says: surface, laws of learning rate and batch, checks; as text and as JSON."""
+
+import dataclasses
+import datetime
+import math
+from typing import Any
+
+import numpy as np
+
+from kling_jax import __version__
+from kling_jax.errors import DataError
+from kling_jax.models.flop_rules import EXACT, FlopRule
+from kling_jax.scaling import fit as fit_lib
+from kling_jax.scaling import holdout, influence, loglinear, lr_batch
+from kling_jax.scaling.fit import LEVEL, PARAMETERS, Fit, Options
+from kling_jax.scaling.laws import SIX_NT, Surface
+from kling_jax.scaling.table import RunTable
+
+BEYOND = 10.0  # default target: so many times the largest budget of the table
+
+
+@dataclasses.dataclass(frozen=True)
+class Analysis:
+  """A table and what was made of it.
+
+  Attributes:
+    raw: all rows as read. table: the rows of the surface: one for each (N, T) where learning rates and batches vary.
+    fit: the surface. other: the surface by the other method, as a check against outliers.
+    checked: the hold-out, or None. verdict: what it says.
+    hyper: laws of learning rate and batch, or None; hyper_reason: why there are none.
+    valleys: IsoFLOP parabolas; valley_law: N_opt(C) through them, or None.
+    runs, sizes: what leaving one out does. told: what the data can tell.
+    target: budget in FLOPs that N_opt and its loss are quoted at. rule: how FLOPs are counted.
+    warnings: everything that a reader must know.
+  """
+
+  raw: RunTable
+  table: RunTable
+  fit: Fit
+  other: Surface
+  checked: holdout.Holdout | None
+  verdict: str
+  hyper: lr_batch.Laws | None
+  hyper_reason: str
+  valleys: list[loglinear.Valley]
+  valley_law: loglinear.PowerFit | None
+  runs: list[influence.Shift]
+  sizes: list[influence.Shift]
+  told: influence.Identifiability
+  target: float
+  rule: FlopRule
+  warnings: tuple[str, ...]
+
+  def answer(self, flops: float | None = None) -> dict[str, Any]:
+    """The keys that others rely on; with `flops` the intervals hold the optimum at that budget too."""
+    law = {name: float(getattr(self.fit.surface, name)) for name in PARAMETERS}
+    return law | {
+      "objective": self.fit.objective,
+      "intervals": {name: list(pair) for name, pair in self.fit.intervals(flops, self.rule).items()},
+      "holdout": None if self.checked is None else self.checked.to_json(),
+      "verdict": self.verdict,
+    }
+
+  def to_json(self) -> dict[str, Any]:
+    """All of it, draws included, so that predictions need no second fit."""
+    fitted = self.fit
+    optimum = fitted.surface.optimum(self.target, self.rule)
+    return self.answer(self.target) | {
+      "format": "kling_jax scaling fit 1",
+      "version": __version__,
+      "written": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+      "level": LEVEL,
+      "method": fitted.options.method,
+      "delta": fitted.options.delta,
+      "bootstrap": fitted.bootstrap,
+      "sigma": fitted.sigma,
+      "rows": len(self.raw),
+      "fitted_rows": len(fitted.table),
+      "box": self.box,
+      "flop_rule": str(self.rule),
+      "target": {"flops": self.target} | {f"{k}_opt": float(v) for k, v in optimum._asdict().items()},
+      "other_method": dict(zip(PARAMETERS, dataclasses.astuple(self.other), strict=True)),
+      "identifiability": self.told.to_json(),
+      "influence": {"runs": [s.to_json() for s in self.runs], "sizes": [s.to_json() for s in self.sizes]},
+      "isoflop": {
+        "valleys": [
+          {"flops": v.flops, "params": v.params, "loss": v.loss, "stderr_log_params": v.stderr, "inside": v.inside}
+          for v in self.valleys
+        ],
+        "law": None if self.valley_law is None else _power_json(self.valley_law),
+      },
+      "hyper": None if self.hyper is None else _hyper_json(self.hyper),
+      "warnings": list(self.warnings),
+      "draws": {name: np.asarray(getattr(fitted.draws, name)).tolist() for name in PARAMETERS},
+      "dof": fitted.dof,
+    }
+
+  @property
+  def box(self) -> dict[str, list[float]]:
+    """{params | tokens | flops: [lowest, highest]} of the fitted rows."""
+    table = self.fit.table
+    flops = self.rule.flops(table.params, table.tokens)
+    return {name: [float(values.min()), float(values.max())] for name, values in
+            (("params", table.params), ("tokens", table.tokens), ("flops", flops))}  # fmt: skip
+
+
+def analyse(
+  table: RunTable, options: Options | None = None, flops: float | None = None, rule: FlopRule | None = None
+) -> Analysis:
+  """Fits and checks a table.
+
+  Args:
+    table: runs; with columns lr and batch_tokens and several of them for an (N, T), the surface is that of the tuned
+      losses, and laws of learning rate and batch are fitted.
+    flops: budget to quote the optimum at; ten times the largest one by default.
+    rule: how FLOPs are counted; the table's own rule by default, else 6NT.
+
+  Raises:
+    DataError: a table that cannot carry the surface.
+  """
+  options = options or Options()
+  rule = rule or _rule(table)
+  raw, warnings = table, list(table.warnings)
+  hyper, reason = None, "the table has no grids of learning rate and batch"
+  if lr_batch.has_grids(table):
+    table = lr_batch.tuned(raw)
+    warnings.append(f"the surface is fitted to the tuned loss of {len(table)} (N, T), from {len(raw)} runs")
+    try:
+      hyper = lr_batch.fit(raw.fitted)
+      warnings += hyper.warnings
+    except DataError as error:
+      reason = str(error)
+      warnings.append(f"no laws of learning rate and batch: {reason}")
+  fitted = fit_lib.fit(table, options)
+  warnings += fitted.warnings
+  target = flops or BEYOND * float(rule.flops(fitted.table.params, fitted.table.tokens).max())
+  other = _other(fitted)
+  checked = holdout.check(table, options)
+  told = influence.identifiability(fitted)
+  warnings += told.warnings + tuple(_doubts(fitted, other, checked, target, rule))
+  valleys, valley_law = _isoflop(fitted.table, rule)
+  return Analysis(
+    raw=raw, table=table, fit=fitted, other=other, checked=checked, verdict=holdout.verdict(checked), hyper=hyper,
+    hyper_reason="" if hyper else reason, valleys=valleys, valley_law=valley_law,
+    runs=influence.runs(fitted, target, rule), sizes=influence.sizes(fitted, target, rule), told=told, target=target,
+    rule=rule, warnings=tuple(warnings),
+  )  # fmt: skip
+
+
+def _rule(table: RunTable) -> FlopRule:
+  exact = table.flop_rule in ("", EXACT)  # counted for networks; as a function of N it is closest to 6NT
+  return SIX_NT if exact else FlopRule.parse(table.flop_rule)
+
+
+def _other(fitted: Fit) -> Surface:
+  method = "huber" if fitted.options.method == "vp" else "vp"
+  changed = dataclasses.replace(fitted.options, method=method)
+  return fit_lib.point(fitted.table, changed)[0]
+
+
+def _isoflop(table: RunTable, rule: FlopRule) -> tuple[list[loglinear.Valley], loglinear.PowerFit | None]:
+  flops = rule.flops(table.params, table.tokens)
+  found = loglinear.valleys(table.params, table.tokens, flops, table.loss, table.weight)
+  return found, loglinear.valley_law(found) if sum(valley.inside for valley in found) >= 3 else None
+
+
+def _doubts(fitted: Fit, other: Surface, checked: holdout.Holdout | None, target: float, rule: FlopRule) -> list[str]:
+  said = []
+  far = influence.outliers(fitted)
+  if len(far):
+    table, row = fitted.table, far[0]
+    said.append(
+      f"{len(far)} rows lie beyond {influence.OUTLIER} robust standard deviations (the furthest: "
+      f"{table.params[row]:.4g} parameters, {table.tokens[row]:.4g} tokens, loss {table.loss[row]:.4g}); compare huber"
+    )
+  found = fitted.intervals()
+  apart = [
+    f"{name} {getattr(fitted.surface, name):.3g} against {getattr(other, name):.3g}"
+    for name in ("alpha", "beta", "E")
+    if not found[name][0] <= getattr(other, name) <= found[name][1]
+  ]
+  if apart:
+    said.append(f"least squares and Huber disagree beyond the intervals: {', '.join(apart)}; look at the residuals")
+  if checked is not None and checked.law_error > 0.01:
+    said.append(f"the hold-out says little: without those runs the law is uncertain by {checked.law_error:.1%} there")
+  low, high = fitted.intervals(target, rule)["params_opt"]
+  if high > 3 * low:
+    said.append(f"N_opt at {target:.3g} FLOPs is known to a factor of {high / low:.3g} only: {low:.3g} to {high:.3g}")
+  return said
+
+
+def _power_json(law: loglinear.PowerFit) -> dict[str, Any]:
+  return {
+    "coefficient": law.law.coefficient,
+    "exponents": dict(law.law.exponents),
+    "intervals": {name: list(pair) for name, pair in law.intervals().items()},
+    "residual": law.residual,
+    "points": law.points,
+    "estimate": law.estimate.tolist(),
+    "covariance": law.covariance.tolist(),
+    "dof": law.dof if math.isfinite(law.dof) else None,
+  }
+
+
+def power_from_json(values: dict[str, Any]) -> loglinear.PowerFit:
+  """The inverse of what `to_json` writes for a power law."""
+  return loglinear.PowerFit(
+    tuple(values["exponents"]), np.array(values["estimate"]), np.array(values["covariance"]),
+    math.inf if values["dof"] is None else values["dof"], values["residual"], values["points"],
+  )  # fmt: skip
+
+
+def _hyper_json(laws: lr_batch.Laws) -> dict[str, Any]:
+  return {
+    "lr": _power_json(laws.lr),
+    "batch_tokens": _power_json(laws.batch_tokens),
+    "curvature": laws.curvature.tolist(),
+    "tilt": laws.tilt,
+    "cells": [
+      {"params": c.params, "tokens": c.tokens, "lr": c.lr, "batch_tokens": c.batch_tokens, "loss": c.loss,
+       "runs": len(c.rows), "left_out": c.reason}
+      for c in laws.cells + laws.left_out
+    ],
+  }  # fmt: skip
+
+
+def text(found: Analysis) -> str:
+  """What a person reads in the terminal."""
+  fitted, law = found.fit, found.fit.surface
+  pairs = fitted.intervals(found.target, found.rule)
+  line = lambda name, value: f"  {name:<16}{value:>12.5g}   {pairs[name][0]:.5g} to {pairs[name][1]:.5g}"
+  how = f"{fitted.options.method}" + (f", delta {fitted.options.delta:g}" if fitted.options.method == "huber" else "")
+  best = law.optimum(found.target, found.rule)
+  lines = [
+    f"L = E + A/N^alpha + B/T^beta on {len(fitted.table)} rows ({how}); 90 % intervals from "
+    f"{len(np.atleast_1d(fitted.draws.E))} draws of {'runs' if fitted.bootstrap == 'runs' else 'noise'}",
+    *(line(name, getattr(law, name)) for name in PARAMETERS),
+    line("params_exponent", law.params_exponent) + "   N_opt ~ C^a",
+    f"objective {fitted.objective:.8g}; noise of a run {fitted.sigma:.3g} in loss",
+    f"optimum at {found.target:.3g} FLOPs ({found.rule}):",
+    *(line(f"{name}_opt", float(value)) for name, value in best._asdict().items()),
+  ]
+  if found.hyper is not None:
+    lines += [_law_line("lr", found.hyper.lr), _law_line("batch_tokens", found.hyper.batch_tokens)]
+  if found.valley_law is not None:
+    a = found.valley_law.intervals()["flops"]
+    lines.append(f"IsoFLOP parabolas: N_opt ~ C^{found.valley_law.estimate[1]:.3f} ({a[0]:.3f} to {a[1]:.3f})")
+  if found.checked is not None:
+    h = found.checked
+    lines.append(
+      f"hold-out ({h.source}): {len(h.rows)} runs, predicted - measured {h.error.mean():+.2%} on average, "
+      f"{abs(h.sigmas):.1f} sigma, worst {h.error[np.abs(h.error).argmax()]:+.2%}"
+    )
+  return "\n".join([*lines, f"verdict: {found.verdict}"])
+
+
+def _law_line(name: str, law: loglinear.PowerFit) -> str:
+  pairs = law.intervals()
+  terms = [f"{x}^{value:.3f} ({pairs[x][0]:.3f} to {pairs[x][1]:.3f})" for x, value in law.law.exponents.items()]
+  return f"{name} = {law.law.coefficient:.4g} " + " ".join(terms) + f", {law.points} cells"
