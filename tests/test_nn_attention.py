@@ -1,4 +1,6 @@
-"""The attention function: both roads against a plain NumPy statement, masks by what may matter, memory by measure."""
+"""The attention function: every road against a plain NumPy statement, masks by what may matter, memory by measure."""
+
+import contextlib
 
 import jax
 import jax.numpy as jnp
@@ -6,9 +8,9 @@ import numpy as np
 import pytest
 
 from kling_jax.errors import ConfigError
-from kling_jax.nn import attention as module
-from kling_jax.nn import lowering
-from kling_jax.nn.attention import Mask, attention
+from kling_jax.nn import blockwise, lowering
+from kling_jax.nn.attention import attention, on_one_device
+from kling_jax.nn.mask import Mask
 
 
 def _draw(batch, n, length, heads, groups, size):
@@ -30,6 +32,8 @@ def _numpy_attention(q, k, v, mask: Mask):
         seen[key] = False
       if mask.block is not None and (key - mask.start) // mask.block > (mask.offset + i - mask.start) // mask.block:
         seen[key] = False
+      if mask.segments is not None and mask.segments[0][b, i] != mask.segments[1][b, key]:
+        seen[key] = False
     group = h * k.shape[2] // heads
     if seen.any():
       scores = k[b, seen, group].astype(np.float64) @ q[b, i, h] / np.sqrt(size)
@@ -38,59 +42,121 @@ def _numpy_attention(q, k, v, mask: Mask):
   return out
 
 
+PACKED = (np.array([[3] * 6 + [0] * 9 + [7] * 3, [1] * 18], np.int32),) * 2
 MASKS = {
-  "none": (lambda n, length: Mask(), 20, 20),
-  "padding": (lambda n, length: Mask(keys_BL=np.arange(length) < np.array([[5], [0]])), 9, 13),
-  "causal": (lambda n, length: Mask(block=1), 17, 17),
-  "blocks": (lambda n, length: Mask(block=4), 18, 18),
-  "blocks after context": (lambda n, length: Mask(block=4, start=6), 18, 18),
-  "cache": (lambda n, length: Mask(block=3, offset=7, start=7, length=13), 6, 20),
-  "all": (lambda n, length: Mask(np.arange(length) % 3 > np.array([[0], [1]]), 3, 4, 4, 15), 11, 19),
+  "none": (Mask(), 20, 20),
+  "padding": (Mask(keys_BL=np.arange(13) < np.array([[5], [0]])), 9, 13),
+  "causal": (Mask(block=1), 17, 17),
+  "blocks": (Mask(block=4), 18, 18),
+  "blocks after context": (Mask(block=4, start=6), 18, 18),
+  "cache": (Mask(block=3, offset=7, start=7, length=13), 6, 20),
+  "packed": (Mask(segments=PACKED), 18, 18),
+  "packed, padded blocks": (Mask(np.arange(18) < np.array([[17], [11]]), 3, segments=PACKED), 18, 18),
+  "all": (Mask(np.arange(19) % 3 > np.array([[0], [1]]), 3, 4, 4, 15), 11, 19),
+}
+ROADS = ("reference", "blockwise", "splash")
+
+
+def _traced_for(road):
+  """Splash kernels run in Pallas' interpreter here."""
+  return lowering.interpreted() if road == "splash" else contextlib.nullcontext()
+
+
+@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize("name", MASKS)
+def test_each_road_and_mask_is_the_definition(name, road):
+  mask, n, length = MASKS[name]
+  q, k, v, _ = _draw(2, n, length, 4, 2, 8)
+  with _traced_for(road):
+    o = jax.jit(lambda *args: attention(*args, mask=mask, road=road))(q, k, v)
+  np.testing.assert_allclose(o, _numpy_attention(q, k, v, mask), atol=2e-6)
+
+
+ODD = {
+  "none": (Mask(), 75, 83),
+  "padded text": (Mask(np.arange(83) < np.array([[50], [7]])), 75, 83),
+  "all": (
+    Mask(np.arange(83)[None] % 5 > 0, 8, 5, 5, 80, (np.arange(75)[None] // 40, np.arange(83)[None] // 45)),
+    75,
+    83,
+  ),
 }
 
 
-@pytest.mark.parametrize("road", ["reference", "blockwise"])
-@pytest.mark.parametrize("name", MASKS)
-def test_each_road_and_mask_is_the_definition(name, road):
-  make, n, length = MASKS[name]
-  q, k, v, _ = _draw(2, n, length, 4, 2, 8)
-  mask = make(n, length)
-  expected = _numpy_attention(q, k, v, mask)
-  np.testing.assert_allclose(jax.jit(lambda *a: attention(*a, mask=mask, road=road))(q, k, v), expected, atol=2e-6)
+def _gradients(road, mask, arrays, splash_blocks=None):
+  q, k, v, g = arrays
+
+  def loss(q, k, v):
+    o = on_one_device(q, k, v, mask, road, splash_blocks)
+    return jnp.sum(g.astype(jnp.float32) * o), o
+
+  with _traced_for(road):
+    return jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(q, k, v)
 
 
-@pytest.mark.parametrize("name", ["none", "all"])
-def test_roads_agree_in_gradients_across_several_blocks_of_odd_length(name, monkeypatch):
-  monkeypatch.setattr(module, "BLOCK", 32)
-  n, length = 75, 83
-  q, k, v, g = _draw(2, n, length, 4, 2, 8)
-  mask = MASKS[name][0](n, length) if name == "none" else Mask(np.arange(83) % 5 > np.array([[1], [3]]), 8, 5, 5, 80)
-
-  def run(road):
-    loss = lambda *args: jnp.sum(g * attention(*args, mask=mask, road=road))
-    return jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(q, k, v)
-
-  (loss_a, grads_a), (loss_b, grads_b) = run("reference"), run("blockwise")
-  np.testing.assert_allclose(loss_a, loss_b, rtol=1e-5)
-  for a, b in zip(grads_a, grads_b, strict=True):
-    np.testing.assert_allclose(a, b, atol=1e-5)
+@pytest.mark.parametrize("name", ODD)
+def test_blockwise_agrees_in_gradients_across_several_blocks_of_odd_length(name, monkeypatch):
+  monkeypatch.setattr(blockwise, "BLOCK", 32)
+  mask, n, length = ODD[name]
+  mask = _for_rows(mask, 2)
+  arrays = _draw(2, n, length, 4, 2, 8)
+  _assert_close(_gradients("blockwise", mask, arrays), _gradients("reference", mask, arrays), 1e-5)
 
 
-def test_queries_that_see_nothing_are_zero_with_zero_gradients_on_both_roads():
+def _for_rows(mask, rows):
+  return jax.tree.map(lambda x: np.repeat(x, rows, axis=0) if np.shape(x)[:1] == (1,) else x, mask)
+
+
+def _assert_close(got, expected, atol):
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+    np.testing.assert_allclose(np.asarray(a, np.float32), np.asarray(b, np.float32), atol=atol)
+
+
+LONG = {
+  "full": (Mask(), 300, 300),
+  "padded text": (Mask(np.arange(150) < np.array([[130], [0]])), 300, 150),
+  "packed blocks": (
+    Mask(np.arange(300) < np.array([[290], [141]]), 60, segments=(np.arange(600).reshape(2, 300) // 120,) * 2),
+    300,
+    300,
+  ),
+  "cache": (Mask(block=50, offset=150, start=150, length=250), 100, 400),
+}
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_splash_agrees_in_gradients_across_several_blocks_and_grouped_heads(name):
+  mask, n, length = LONG[name]
+  arrays = _draw(2, n, length, 4, 2, 16)
+  _assert_close(_gradients("splash", mask, arrays, (128,) * 6), _gradients("reference", mask, arrays), 1e-5)
+
+
+def test_splash_takes_the_place_of_the_queries_while_it_runs():
+  q, k, v, _ = _draw(1, 64, 300, 2, 2, 16)
+  cached = lambda road: lambda held: attention(q, k, v, mask=Mask(None, 32, held, held, held + 64), road=road)
+  with lowering.interpreted():
+    splash = jax.jit(cached("splash"))
+    for held in (0, 130, 236):
+      np.testing.assert_allclose(splash(held), jax.jit(cached("reference"))(held), atol=2e-6)
+
+
+def test_queries_that_see_nothing_are_zero_with_zero_gradients_on_every_road():
   q, k, v, g = _draw(1, 8, 8, 1, 1, 8)
   mask = Mask(keys_BL=np.zeros((1, 8), bool))
-  for road in ("reference", "blockwise"):
-    loss = lambda *args: jnp.sum(g * attention(*args, mask=mask, road=road))  # noqa: B023
-    for leaf in jax.tree.leaves(jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(q * 1e3, k * 1e3, v)):
+  for road in ROADS:
+    for leaf in jax.tree.leaves(_gradients(road, mask, (q * 1e3, k * 1e3, v, g))):
       np.testing.assert_array_equal(leaf, 0.0)
 
 
 def test_bfloat16_is_float32_attention_up_to_its_rounding():
-  q, k, v, _ = _draw(1, 40, 40, 2, 2, 16)
-  for road in ("reference", "blockwise"):
-    half = jax.jit(lambda *args: attention(*args, road=road))(*(x.astype(jnp.bfloat16) for x in (q, k, v)))  # noqa: B023
-    assert half.dtype == jnp.bfloat16
-    np.testing.assert_allclose(np.asarray(half, np.float32), _numpy_attention(q, k, v, Mask()), atol=0.03)
+  """Rounded inputs, probabilities and output: 2^-8 of values up to about 3, in sums of gradients a little more."""
+  arrays = _draw(1, 150, 150, 2, 2, 16)
+  half = tuple(x.astype(jnp.bfloat16) for x in arrays)
+  expected = _gradients("reference", Mask(block=50), tuple(x.astype(jnp.float32) for x in half))
+  for road in ROADS:
+    gradients, o = _gradients(road, Mask(block=50), half)
+    assert o.dtype == gradients[0].dtype == jnp.bfloat16
+    _assert_close((gradients, o), expected, 0.03)
 
 
 def test_forward_mode_derivative_matches_reverse_mode():
@@ -104,21 +170,23 @@ def test_forward_mode_derivative_matches_reverse_mode():
     jax.jit(lambda q, g: forward(q, g)).lower(q, g)  # a new function: `forward` is traced, and keeps its form
 
 
-@pytest.mark.parametrize("road", ["reference", "blockwise"])
-def test_a_saved_attention_is_kept_once_and_on_the_blockwise_road_not_repeated(road):
+@pytest.mark.parametrize("road", ROADS)
+def test_a_saved_attention_is_kept_once_and_by_the_kernels_not_repeated(road):
   x = jax.ShapeDtypeStruct((1, 20, 2, 8), jnp.float32)
 
   def gradient(policy):
     run = jax.checkpoint(lambda q: jnp.sin(attention(q, q, q, road=road)).sum(), policy=policy)
     kept = jax.tree.leaves(jax.eval_shape(lambda q: jax.vjp(run, q)[1], x))
-    return str(jax.make_jaxpr(jax.grad(run))(x)).count(" = exp "), sum(leaf.size for leaf in kept)
+    program = str(jax.make_jaxpr(jax.grad(run))(x))
+    forwards = program.count("name=splash_mha_fwd") if road == "splash" else program.count(" = exp ")
+    return forwards, sum(leaf.size for leaf in kept)
 
   nothing, names = jax.checkpoint_policies.nothing_saveable, jax.checkpoint_policies.save_only_these_names("attention")
-  (exps, size), (exps_named, size_named) = gradient(nothing), gradient(names)
-  padded = 32 if road == "blockwise" else 20
-  logsumexp = 2 * padded if road == "blockwise" else 0
-  assert size_named - size == 2 * padded * 8 + logsumexp
-  assert exps_named == exps - (road == "blockwise")
+  with _traced_for(road):
+    (forwards, size), (forwards_named, size_named) = gradient(nothing), gradient(names)
+  logsumexp = 0 if road == "reference" else 2 * 20
+  assert size_named - size == 2 * 20 * 8 + logsumexp
+  assert forwards > 0 and forwards_named == forwards - (road != "reference")
 
 
 def _temp_bytes(n: int, road: str) -> int:
@@ -129,19 +197,33 @@ def _temp_bytes(n: int, road: str) -> int:
 
 
 def test_memory_grows_linearly_on_the_blockwise_road_and_quadratically_on_the_reference():
-  growth = {road: _temp_bytes(8192, road) / _temp_bytes(2048, road) for road in ("reference", "blockwise")}
-  assert 12 < growth["reference"] < 20  # 4 times the tokens
-  assert growth["blockwise"] < 5
+  lengths = (2048, 4096, 8192)
+  used = {road: [_temp_bytes(n, road) for n in lengths] for road in ("reference", "blockwise")}
+  for road, sizes in used.items():
+    print(road, [f"{n}: {size / 2**20:.1f} MiB" for n, size in zip(lengths, sizes, strict=True)])
+  for fewer, more in zip(used["reference"], used["reference"][1:], strict=False):
+    assert 3.5 < more / fewer < 4.5  # twice the tokens
+  for fewer, more in zip(used["blockwise"], used["blockwise"][1:], strict=False):
+    assert more / fewer < 2.1
 
 
-def test_auto_takes_the_blockwise_road_only_for_large_problems_on_cpu():
-  def exponentials(n):  # the reference takes all scores' exponential in one array
-    x = jax.ShapeDtypeStruct((1, n, 1, 8), jnp.float32)
-    return f"f32[1,1,{n},{n}] = exp" in str(jax.make_jaxpr(lambda q: attention(q, q, q))(x))
+def test_auto_takes_the_road_of_the_platform_for_large_problems():
+  def road(n, dtype=jnp.bfloat16, mask=Mask()):
+    x = jax.ShapeDtypeStruct((1, n, 1, 8), dtype)
+    program = str(jax.make_jaxpr(lambda q: attention(q, q, q, mask=mask))(x))
+    if f"f32[1,1,{n},{n}] = exp" in program:  # all scores in one array
+      return "reference"
+    return next((name for name in ("splash", "dot_product_attention_fwd") if name in program), "blockwise")
 
-  assert exponentials(256) and not exponentials(512)
-  with lowering.target("tpu"):
-    assert exponentials(2048)
+  assert (road(256), road(512)) == ("reference", "blockwise")
+  with lowering.target("tpu", "v5p"):
+    assert (road(256), road(2048), road(2048, jnp.float32)) == ("reference", "splash", "splash")
+    with lowering.forward_mode():
+      assert road(2048) == "blockwise"
+  with lowering.target("gpu"):
+    assert road(256) == "reference"
+    assert road(2048, jnp.float32) == "blockwise"  # what cuDNN cannot do
+    assert road(2048, mask=Mask(segments=(np.zeros((1, 2048), np.int32),) * 2)) == "blockwise"
 
 
 def test_wrong_roads_and_heads_are_named():
@@ -150,3 +232,11 @@ def test_wrong_roads_and_heads_are_named():
     attention(q, q, q, road="blockwize")
   with pytest.raises(ConfigError, match="4 query heads do not divide into 3"):
     attention(q, k, v)
+  with pytest.raises(ConfigError, match="'splash' cannot do this: it is a TPU kernel, and this is traced for cpu"):
+    attention(q, q, q, road="splash")
+  with pytest.raises(ConfigError, match="'cudnn' cannot do this: it is a GPU library, and this is traced for cpu"):
+    attention(q, q, q, road="cudnn")
+  with lowering.forward_mode(), lowering.target("tpu"), pytest.raises(ConfigError, match="no forward derivative"):
+    attention(q, q, q, road="splash")
+  with lowering.interpreted(), pytest.raises(ConfigError, match="give q, kv, kv_compute, q_back.* multiple of 128"):
+    on_one_device(q, q, q, Mask(), "splash", (128, 128, 64, 128, 128, 128))
