@@ -24,6 +24,7 @@ REQUIRED = [
   "requests>=2.31",  # prompt rewriting through an OpenAI-compatible server
   "rich>=13",  # progress bars, tables
   "safetensors>=0.5",
+  "scipy>=1.14",  # L-BFGS, Student's t
   "tensorflow-datasets>=4.9.10",  # no TensorFlow: tfds.data_source on ArrayRecord
 ]
 
@@ -31,13 +32,15 @@ EXTRAS = {
   "demo": ["plotly>=6"],  # charts of the report pages
   "tpu": ["jax[tpu]"],
   "cuda": ["jax[cuda13]"],
+  "sweep": ["matplotlib>=3.9"],  # plots of scaling laws
   "ray": ["ray[data]>=2.40"],  # curation and sweeps on many machines
-  "eval": ["scikit-image>=0.24", "scipy>=1.14"],  # independent references of the metrics
+  "eval": ["scikit-image>=0.24"],  # independent references of the metrics
   "bench": ["torch>=2.4"],  # the other side of the benchmarks
 }
 EXTRAS["test"] = (
   EXTRAS["demo"]
   + EXTRAS["eval"]
+  + EXTRAS["sweep"]
   + [
     "hypothesis>=6.100",
     "mypy>=1.11",

@@ -14,7 +14,8 @@ PACKAGES = (
 # extra: (import names that tell whether it is there, what it adds)
 EXTRAS = {
   "demo": (("plotly",), "charts in the report pages"),
-  "eval": (("skimage", "scipy"), "independent references of the metrics"),
+  "eval": (("skimage",), "independent references of the metrics"),
+  "sweep": (("matplotlib",), "plots of scaling laws"),
   "ray": (("ray",), "curation on many machines"),
   "tpu": (("libtpu",), "TPU devices"),
   "cuda": (("jax_cuda13_plugin",), "NVIDIA devices"),

@@ -20,6 +20,26 @@ BEYOND = 10.0  # default target: so many times the largest budget of the table
 
 
 @dataclasses.dataclass(frozen=True)
+class Fixed:
+  """The same runs with one learning rate and batch for all (N, T), against the tuned ones: the paper's Fig. 6.
+
+  Attributes:
+    lr, batch_tokens: those that are best for the cheapest (N, T).
+    table: its run of each (N, T), the nearest in logs. surface: fitted to them.
+    regret: mean relative loss above the tuned runs.
+    residual, tuned_residual: root mean squares of the two fits.
+  """
+
+  lr: float
+  batch_tokens: float
+  table: RunTable
+  surface: Surface
+  regret: float
+  residual: float
+  tuned_residual: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Analysis:
   """A table and what was made of it.
 
@@ -27,7 +47,7 @@ class Analysis:
     raw: all rows as read. table: the rows of the surface: one for each (N, T) where learning rates and batches vary.
     fit: the surface. other: the surface by the other method, as a check against outliers.
     checked: the hold-out, or None. verdict: what it says.
-    hyper: laws of learning rate and batch, or None; hyper_reason: why there are none.
+    hyper: laws of learning rate and batch, or None; hyper_reason: why there are none. fixed: what not tuning them does.
     valleys: IsoFLOP parabolas; valley_law: N_opt(C) through them, or None.
     runs, sizes: what leaving one out does. told: what the data can tell.
     target: budget in FLOPs that N_opt and its loss are quoted at. rule: how FLOPs are counted.
@@ -42,6 +62,7 @@ class Analysis:
   verdict: str
   hyper: lr_batch.Laws | None
   hyper_reason: str
+  fixed: Fixed | None
   valleys: list[loglinear.Valley]
   valley_law: loglinear.PowerFit | None
   runs: list[influence.Shift]
@@ -90,6 +111,16 @@ class Analysis:
         "law": None if self.valley_law is None else _power_json(self.valley_law),
       },
       "hyper": None if self.hyper is None else _hyper_json(self.hyper),
+      "fixed_hyper": None
+      if self.fixed is None
+      else {
+        "lr": self.fixed.lr,
+        "batch_tokens": self.fixed.batch_tokens,
+        "mean_regret": self.fixed.regret,
+        "residual": self.fixed.residual,
+        "tuned_residual": self.fixed.tuned_residual,
+        "params_exponent": float(self.fixed.surface.params_exponent),
+      },
       "warnings": list(self.warnings),
       "draws": {name: np.asarray(getattr(fitted.draws, name)).tolist() for name in PARAMETERS},
       "dof": fitted.dof,
@@ -141,7 +172,8 @@ def analyse(
   valleys, valley_law = _isoflop(fitted.table, rule)
   return Analysis(
     raw=raw, table=table, fit=fitted, other=other, checked=checked, verdict=holdout.verdict(checked), hyper=hyper,
-    hyper_reason="" if hyper else reason, valleys=valleys, valley_law=valley_law,
+    hyper_reason="" if hyper else reason,
+    fixed=None if hyper is None else _fixed(raw, fitted), valleys=valleys, valley_law=valley_law,
     runs=influence.runs(fitted, target, rule), sizes=influence.sizes(fitted, target, rule), told=told, target=target,
     rule=rule, warnings=tuple(warnings),
   )  # fmt: skip
@@ -158,6 +190,20 @@ def _other(fitted: Fit) -> Surface:
   return fit_lib.point(fitted.table, changed)[0]
 
 
+def _fixed(raw: RunTable, fitted: Fit) -> Fixed:
+  tuned = fitted.table
+  assert tuned.lr is not None and tuned.batch_tokens is not None
+  cheapest = int((tuned.params * tuned.tokens).argmin())
+  lr, batch = float(tuned.lr[cheapest]), float(tuned.batch_tokens[cheapest])
+  table = lr_batch.fixed(raw.fitted, lr, batch)
+  surface, _ = fit_lib.point(table, fitted.options)
+  rms = lambda of, law: float(np.sqrt(np.mean((of.loss - law(of.params, of.tokens)) ** 2)))
+  return Fixed(
+    lr, batch, table, surface, float((table.loss / tuned.loss - 1).mean()), rms(table, surface),
+    rms(tuned, fitted.surface),
+  )  # fmt: skip
+
+
 def _isoflop(table: RunTable, rule: FlopRule) -> tuple[list[loglinear.Valley], loglinear.PowerFit | None]:
   flops = rule.flops(table.params, table.tokens)
   found = loglinear.valleys(table.params, table.tokens, flops, table.loss, table.weight)
@@ -170,7 +216,7 @@ def _doubts(fitted: Fit, other: Surface, checked: holdout.Holdout | None, target
   if len(far):
     table, row = fitted.table, far[0]
     said.append(
-      f"{len(far)} rows lie beyond {influence.OUTLIER} robust standard deviations (the furthest: "
+      f"{len(far)} row{'s' if len(far) > 1 else ''} beyond {influence.OUTLIER} robust standard deviations (the furthest: "
       f"{table.params[row]:.4g} parameters, {table.tokens[row]:.4g} tokens, loss {table.loss[row]:.4g}); compare huber"
     )
   found = fitted.intervals()

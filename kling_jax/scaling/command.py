@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import pathlib
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -65,12 +66,22 @@ def _add_table(parser: argparse.ArgumentParser, required: bool) -> None:
 def _add_fit(parser: argparse.ArgumentParser) -> None:
   _add_table(parser, required=True)
   parser.add_argument("--flops", type=float, help="budget to quote the optimum at (default: 10 times the largest)")
+  parser.add_argument("--out", help="folder for fit.json (what `predict --fit` reads), plots and index.html")
   parser.add_argument("--json", action="store_true", help="machine-readable answer on standard output")
 
 
 def _fit(args: argparse.Namespace) -> int:
+  if args.out:
+    from kling_jax.scaling import plots
+
+    plots.require()
   found = _analyse(args)
   warn(found.warnings)
+  if args.out:
+    from kling_jax.scaling import report
+
+    page = report.write(found, args.out, f"Scaling law of {pathlib.Path(args.table).name}")
+    print(f"wrote {page}", file=sys.stderr)
   if args.json:
     print_json(found.answer(args.flops))
   else:
@@ -101,6 +112,79 @@ def _units(words: list[str]) -> dict[str, float]:
   return units
 
 
+# ---- predict -------------------------------------------------------------------------------------------------------
+
+
+def _add_predict(parser: argparse.ArgumentParser) -> None:
+  parser.add_argument("--params", type=float, help="N, parameters: with --tokens or --flops")
+  parser.add_argument("--tokens", type=float, help="T, training tokens")
+  parser.add_argument("--flops", type=float, help="C, training FLOPs; alone: the best N and T for them")
+  parser.add_argument("--device_hours", type=float, help="budget instead of --flops: with --device")
+  parser.add_argument("--device", help="kind of device, e.g. 'TPU v5p', 'NVIDIA H100'")
+  parser.add_argument("--mfu", type=float, default=0.4, help="share of the device's peak that training reaches")
+  parser.add_argument("--law", default="yin2024", help="law in print (default: yin2024)")
+  parser.add_argument("--fit", help="fit.json that `kling sweep fit --out` wrote, instead of a law in print")
+  _add_table(parser, required=False)
+  parser.add_argument("--within", type=float, default=0.1, help="percent above the lowest loss for the range of N")
+  parser.add_argument("--config", metavar="FILE[:ARGS]", help="config whose clips make up a batch (default: "
+                      "video_dit:res=256), without its size")  # fmt: skip
+  parser.add_argument("--devices", type=int, default=1, help="devices that a batch is divided over (default: 1)")
+  parser.add_argument("--out", metavar="F.py", help="write a config that `kling train` takes as it is")
+  parser.add_argument("--json", action="store_true", help="machine-readable answer on standard output")
+
+
+def _predict(args: argparse.Namespace) -> int:
+  from kling_jax.models.flop_rules import FlopRule
+  from kling_jax.scaling import predict
+
+  if args.device_hours is not None:
+    args.flops = _paid(args)
+  if args.table and args.fit:
+    raise UsageError("give --table or --fit, not both")
+  if args.devices < 1 or not 0 < args.within < 100:
+    raise UsageError("--devices must be at least 1, --within between 0 and 100 percent")
+  if args.table:
+    source = predict.from_analysis(_analyse(args), args.table)
+  else:
+    source = predict.load(args.fit) if args.fit else predict.from_published(args.law)
+  rule = FlopRule.parse(args.flop_rule) if args.flop_rule else None
+  wanted: dict[str, Any] = {"params": args.params, "tokens": args.tokens, "flops": args.flops}
+  found = predict.predict(source, **wanted, within=args.within / 100, rule=rule)
+  if args.config or args.out:
+    from kling_jax.scaling import ready
+
+    model = ready.base(args.config or "video_dit:res=256", found.params)
+    # The family has no model of every size: what is trained is the nearest one, on the same tokens.
+    wanted = {"params": model.params, "tokens": found.tokens} if args.out else wanted
+    batching = predict.Batching(model.clip_tokens, args.devices)
+    found = predict.predict(source, **wanted, batching=batching, within=args.within / 100, rule=rule)
+    if args.out:
+      ready.write(args.out, found, model, "kling " + " ".join(sys.argv[1:]))
+      print(f"wrote {args.out}", file=sys.stderr)
+  warn(found.warnings)
+  if args.json:
+    print_json(found.to_json())
+  else:
+    print(predict.text(found))
+  return 0
+
+
+def _paid(args: argparse.Namespace) -> float:
+  """FLOPs of the device hours."""
+  from kling_jax.errors import nearest
+  from kling_jax.train.peak import DEVICE_PEAKS
+
+  if args.flops is not None:
+    raise UsageError("give --flops or --device_hours, not both")
+  if args.device not in DEVICE_PEAKS:
+    said = f"--device {args.device!r} is unknown" if args.device else "--device_hours needs --device"
+    raise UsageError(f"{said}{nearest(args.device or '', DEVICE_PEAKS)}")
+  if not 0 < args.mfu <= 1 or not args.device_hours > 0:
+    raise UsageError("--mfu must lie between 0 and 1, --device_hours above 0")
+  return 3600 * args.device_hours * DEVICE_PEAKS[args.device] * args.mfu
+
+
 ACTIONS: dict[str, Action] = {
   "fit": (_add_fit, _fit, "Loss surface and laws of learning rate and batch from a table of runs, with intervals."),
+  "predict": (_add_predict, _predict, "Learning rate, batch, steps and loss of a run, from a law or a fit."),
 }

@@ -106,8 +106,7 @@ class Fit:
 
   def optimum_draws(self, flops: Any, rule: FlopRule = SIX_NT) -> Optimum:
     """The optimum of every draw; fields (..., k) for flops (...)."""
-    some = dataclasses.replace(self.draws, A=np.maximum(self.draws.A, 1e-300), B=np.maximum(self.draws.B, 1e-300))
-    return some.optimum(np.asarray(flops, float)[..., None], rule)
+    return self.draws.optimum(np.asarray(flops, float)[..., None], rule)
 
   def loss_interval(
     self, params: Any, tokens: Any, level: float = LEVEL, of_run: bool = False

@@ -13,9 +13,11 @@ from kling_jax.scaling.table import RunTable
 
 PASS = "pass"
 FAILS = "the form fails: one-signed error"
+UNDECIDED = "undecided: the law is too uncertain where it was tested"
 UNKNOWN = "not checked: too few rows to leave the largest out"
 SIGMAS = 3.0
 ONE_SIGNED = 0.8  # share of the held-out runs whose error has the same sign
+VAGUE = 0.02  # relative uncertainty of the law at the held-out runs above which agreement means nothing
 NEGLIGIBLE = 1e-4  # mean relative error below which no law is refused; a good evaluation's own error
 SHARE = 0.1  # of the rows that is left out at least
 MOST = 1 / 3  # of the rows that is left out at most
@@ -33,7 +35,7 @@ class Holdout:
     law_error: that uncertainty, relative: standard error of the law's mean prediction.
     one_signed: whether nearly all errors have the same sign.
     inside: share of the measured losses that lie in the 90 % interval of a run.
-    verdict: PASS, or FAILS where errors are one-signed and beyond 3 sigma.
+    verdict: PASS; FAILS where errors are one-signed and beyond 3 sigma; UNDECIDED where the law is too uncertain.
   """
 
   rows: RunTable
@@ -83,7 +85,7 @@ def check(table: RunTable, options: Options | None = None) -> Holdout | None:
 
 
 def verdict(found: Holdout | None) -> str:
-  """PASS, FAILS or UNKNOWN."""
+  """PASS, FAILS, UNDECIDED or UNKNOWN."""
   return UNKNOWN if found is None else found.verdict
 
 
@@ -121,10 +123,10 @@ def judge(fitted: Fit, rows: RunTable, source: str) -> Holdout:
   # The threshold of 3 sigma holds for a known noise; where it was estimated from few runs, Student's t asks for more.
   threshold = float(stats.t.ppf(stats.norm.cdf(SIGMAS), max(runs, 1)))
   fails = share >= ONE_SIGNED and abs(z) > threshold and abs(float(error.mean())) > NEGLIGIBLE
-  return Holdout(
-    rows, fitted, source, predicted, error, z, law / float(rows.loss.mean()), share >= ONE_SIGNED,
-    float(((rows.loss >= low) & (rows.loss <= high)).mean()), FAILS if fails else PASS,
-  )  # fmt: skip
+  law_error = law / float(rows.loss.mean())
+  inside = float(((rows.loss >= low) & (rows.loss <= high)).mean())
+  said = FAILS if fails else UNDECIDED if law_error > VAGUE else PASS
+  return Holdout(rows, fitted, source, predicted, error, z, law_error, share >= ONE_SIGNED, inside, said)
 
 
 def _noise(fitted: Fit, rows: RunTable) -> tuple[float, float]:

@@ -77,9 +77,6 @@ def _without(fitted: Fit, masks: list[np.ndarray], words: list[str], flops: floa
   shifts = []
   for k, (mask, name) in enumerate(zip(masks, words, strict=True)):
     law = Surface(*(float(field[k]) for field in dataclasses.astuple(found)))
-    if law.A <= 0 or law.B <= 0:
-      shifts.append(Shift(name, int(mask.sum()), law, float("inf"), float("nan"), float("inf")))
-      continue
     best = law.optimum(flops, rule)
     ratio = float(best.params / whole.params)
     shifts.append(
@@ -91,8 +88,9 @@ def _without(fitted: Fit, masks: list[np.ndarray], words: list[str], flops: floa
 def outliers(fitted: Fit) -> np.ndarray:
   """Indices of rows whose residual lies beyond OUTLIER robust standard deviations, largest first."""
   scaled = fitted.residuals * np.sqrt(fitted.table.weight)
-  spread = 1.4826 * np.median(np.abs(scaled - np.median(scaled)))
-  far = np.flatnonzero(np.abs(scaled) > OUTLIER * max(float(spread), 1e-9 * float(np.abs(fitted.table.loss).max())))
+  # The median deviation of few rows is noisy itself: it counts for no less than 3/4 of the plain one.
+  spread = max(1.4826 * float(np.median(np.abs(scaled - np.median(scaled)))), 0.75 * float(scaled.std()))
+  far = np.flatnonzero(np.abs(scaled) > OUTLIER * max(spread, 1e-9 * float(np.abs(fitted.table.loss).max())))
   return far[np.argsort(-np.abs(scaled[far]))]
 
 
@@ -142,9 +140,9 @@ def identifiability(fitted: Fit) -> Identifiability:
       said.append(f"{name} is zero in {share:.0%} of the draws: the data hardly show this term")
   found = fitted.intervals()
   factors = {name: float(found[name][1] / max(found[name][0], 1e-300)) for name in ("A", "B")}
-  wide = [f"{name} is known to a factor of {factor:.3g}" for name, factor in factors.items() if factor > 10]
+  wide = [f"{name} {found[name][0]:.3g} to {found[name][1]:.3g}" for name, factor in factors.items() if factor > 10]
   if wide:
-    said.append(f"{' and '.join(wide)} only; quote the exponents and predictions, never A or B alone")
+    said.append(f"prefactors are hardly known ({', '.join(wide)}): quote exponents and predictions, never A or B alone")
   for name, words in (("alpha", "params"), ("beta", "tokens")):
     bottom, top = found[name]
     if top - bottom > 0.5 * getattr(law, name):

@@ -15,6 +15,7 @@ from kling_jax.errors import UsageError
 from kling_jax.models.flop_rules import FlopRule
 
 SIX_NT = FlopRule("6nt")
+LOG_PARAMS = (0.0, math.log(1e24))  # range of an optimum
 
 
 class Optimum(NamedTuple):
@@ -86,29 +87,29 @@ class Surface:
     """The lowest loss that `flops` can buy.
 
     With 6NT it stands where alpha A N^-alpha = beta B T^-beta. Where a token's cost is no power of N, the right side
-    is multiplied by d log cost / d log N, and the equation is solved by bisection in log N.
+    is multiplied by d log cost / d log N, and the equation is solved by bisection in log N. Where a term vanishes, or
+    nearly so, N ends at 1 or 1e24.
     """
     flops = np.asarray(flops, float)
+    terms = np.log(np.maximum(self.alpha * self.A, 1e-300)) - np.log(np.maximum(self.beta * self.B, 1e-300))
     if rule.name == "6nt":
-      ratio = self.alpha * self.A / (self.beta * self.B)
-      params = (ratio * (flops / 6) ** self.beta) ** (1 / (self.alpha + self.beta))
+      log_params = np.clip((terms + self.beta * np.log(flops / 6)) / (self.alpha + self.beta), *LOG_PARAMS)
     else:
-      params = self._stationary(flops, rule)
+      log_params = self._stationary(terms, flops, rule)
+    params = np.exp(log_params)
     tokens = rule.tokens(params, flops)
     return Optimum(params, tokens, self(params, tokens))
 
-  def _stationary(self, flops: np.ndarray, rule: FlopRule) -> np.ndarray:
-    fields = (self.E, self.A, self.B, self.alpha, self.beta)
-    shape = np.broadcast_shapes(flops.shape, *(np.shape(field) for field in fields))
-    low, high = np.full(shape, 0.0), np.full(shape, math.log(1e24))  # of log N; the excess falls from low to high
+  def _stationary(self, terms: Any, flops: np.ndarray, rule: FlopRule) -> np.ndarray:
+    shape = np.broadcast_shapes(flops.shape, np.shape(terms))
+    low, high = np.full(shape, LOG_PARAMS[0]), np.full(shape, LOG_PARAMS[1])
     for _ in range(80):
       middle = (low + high) / 2
       params = np.exp(middle)
-      tokens = rule.tokens(params, flops)
-      excess = np.log(self.alpha * self.A / (self.beta * self.B)) - self.alpha * middle + self.beta * np.log(tokens)
+      excess = terms - self.alpha * middle + self.beta * np.log(rule.tokens(params, flops))  # falls with N
       right = excess > np.log(rule.slope(params))
       low, high = np.where(right, middle, low), np.where(right, high, middle)
-    return np.exp((low + high) / 2)
+    return (low + high) / 2
 
   def gradient(self, params: Any, tokens: Any) -> np.ndarray:
     """d L / d (E, A, B, alpha, beta) at N and T, stacked along a new last axis; for error propagation and design."""
@@ -143,6 +144,7 @@ class Law:
       given by keyword: params, tokens, flops, loss.
     box: {"params" | "tokens" | "flops": (lowest, highest)} that the law was fitted on.
     notes: what to know before using it, contradictions included.
+    rule: how its FLOPs are counted.
     residual: root mean square of the relative error of its loss fit; None where it is not stated.
     curvature: Hessian of the relative loss in (log lr, log B) at the optimum, for the regret of rounding.
   """
@@ -153,6 +155,7 @@ class Law:
   quantities: Mapping[str, Any]
   box: Mapping[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
   notes: tuple[str, ...] = ()
+  rule: FlopRule = SIX_NT
   residual: float | None = None
   curvature: tuple[tuple[float, float], tuple[float, float]] | None = None
 

@@ -185,18 +185,26 @@ def tuned(table: RunTable) -> RunTable:
   """One row for each (N, T): the loss at its best learning rate and batch.
 
   That is the minimum of the quadratic where there is one, and the lowest loss of its runs where there is none. Rows
-  are weighted alike: how well a cell is tuned, not the noise of one run, is what its loss leaves open.
+  are weighted alike: how well a cell is tuned, not the noise of one run, is what its loss leaves open. Rows that are
+  held out make cells of their own.
   """
-  found = cells(table)
-  first = [int(cell.rows[0]) for cell in found]
-  return table.take(
-    first,
-    loss=np.array([cell.loss for cell in found]),
-    lr=np.array([cell.lr for cell in found]),
-    batch_tokens=np.array([cell.batch_tokens for cell in found]),
+  found = [(cell, part, held) for held in (False, True) for part in [table.take(table.holdout == held)] if len(part)
+           for cell in cells(part)]  # fmt: skip
+  parts = [part.take(cell.rows[:1]) for cell, part, _ in found]
+  column = lambda values: np.array(list(values))
+  params, tokens = (column(getattr(part, name)[0] for part in parts) for name in ("params", "tokens"))
+  return dataclasses.replace(
+    table,
+    params=params,
+    tokens=tokens,
+    loss=column(cell.loss for cell, _, _ in found),
+    lr=column(cell.lr for cell, _, _ in found),
+    batch_tokens=column(cell.batch_tokens for cell, _, _ in found),
+    flops=None if table.flops is None else column(part.flops[0] for part in parts if part.flops is not None),
     weight=np.ones(len(found)),
     run=np.arange(len(found)),
-    holdout=np.array([bool(table.holdout[cell.rows].all()) for cell in found]),
+    holdout=column(held for _, _, held in found),
+    measured=False,
   )
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 from kling_jax.data.columns import read_table
 from kling_jax.errors import DataError, nearest
 
-# Names that published tables use, lower case. Where several are present, the first one is read.
+# Names that published tables use, in lower case with "_" for blanks. Where several are present, the first one is read.
 ALIASES = {
   "params": ("params", "n", "n_params", "num_params", "parameters", "model_size", "params_active_precise",
              "non_embedding_param_size", "non_embedding_params"),
@@ -19,7 +20,7 @@ ALIASES = {
   "loss": ("loss", "val_loss", "final_loss", "validation_loss", "lm_loss"),
   "lr": ("lr", "learning_rate"),
   "batch_tokens": ("batch_tokens", "tokens_per_batch"),
-  "flops": ("flops", "c", "training_flops"),
+  "flops": ("flops", "c", "flop", "training_flops", "training_flop", "compute", "budget"),
   "weight": ("weight", "weights"),
   "stderr": ("loss_stderr", "val_stderr", "stderr", "loss_std"),
   "run": ("run", "run_id", "run_name", "cluster"),
@@ -94,8 +95,8 @@ def read(path: str | os.PathLike[str], units: Mapping[str, float] | None = None)
 
   Columns, by these names or those of `ALIASES`, in any case: params, tokens, loss; optional lr, batch_tokens, flops,
   weight (of the squared residual) or stderr (of the loss; the weight is then 1 / stderr^2), run (rows of one training
-  run), split (train, or test / holdout for rows that are only predicted), flop_rule. Others are left alone. Rows whose
-  loss is not finite (diverged runs) are left out with a warning.
+  run), split (train, or test / holdout for rows that are only predicted), flop_rule. Others are left alone. Without
+  tokens, T is flops / (6 params). Rows whose loss is not finite (diverged runs) are left out with a warning.
 
   Args:
     path: the file.
@@ -125,6 +126,9 @@ def from_columns(
     for key, column in found.items()
     if key not in TEXT
   }
+  if "tokens" not in numbers:
+    numbers["tokens"] = numbers["flops"] / (6 * numbers["params"])
+    warnings.append("no column 'tokens': T is taken to be flops / (6 params)")
   rows = len(numbers["loss"])
   finite = np.isfinite(numbers["loss"])
   if not finite.all():
@@ -152,16 +156,16 @@ def from_columns(
 
 def _find(columns: Mapping[str, Sequence[Any]], name: str) -> tuple[dict[str, str], list[str]]:
   """{our name: the table's}, and warnings."""
-  lower = {column.strip().lower(): column for column in columns}
+  lower = {_word(column): column for column in columns}
   found: dict[str, str] = {}
   for key, names in ALIASES.items():
     present = [lower[alias] for alias in names if alias in lower]
-    if present and key in REQUIRED and len(present) > 1 and present[0].strip().lower() != key:
+    if present and key in REQUIRED and len(present) > 1 and _word(present[0]) != key:
       raise DataError(f"{name}: columns {', '.join(map(repr, present))} could each be {key}; name one {key!r}")
     if present:
       found[key] = present[0]
   for key in REQUIRED:
-    if key not in found:
+    if key not in found and not (key == "tokens" and "flops" in found):
       raise DataError(
         f"{name}: no column {key!r} (nor {', '.join(ALIASES[key][1:6])}, ...); it has {', '.join(columns)}"
       )
@@ -171,6 +175,10 @@ def _find(columns: Mapping[str, Sequence[Any]], name: str) -> tuple[dict[str, st
   if "batch_tokens" not in found and (sequences := [lower[word] for word in SEQUENCES if word in lower]):
     warnings.append(f"column {sequences[0]!r} is not used: it may count sequences; a column batch_tokens counts tokens")
   return found, warnings
+
+
+def _word(column: str) -> str:
+  return "_".join(re.findall(r"[a-z0-9]+", column.lower()))
 
 
 def _numbers(values: Sequence[Any], what: str, may_be_missing: bool) -> np.ndarray:
