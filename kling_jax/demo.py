@@ -20,9 +20,9 @@ from kling_jax.generate import sample
 from kling_jax.measure import clip as measure
 from kling_jax.train import loop, metrics
 
-FILMS, FILM_SECONDS, FILM_SIZE = 10, 10.0, (144, 256)
+FILMS, FILM_SECONDS, FILM_SIZE, SHOT_SECONDS = 10, 16.0, (144, 256), (2.8, 3.6)
 MEDIA_SIDE = 144  # shorter side of the clips that are kept, in pixels
-FRAMES, SIDE, FPS = 9, 32, 8.0  # what the model sees: a second of 32 x 32 pixels
+FRAMES, SIDE, FPS = 9, 32, 4.0  # what the model sees: two seconds of 32 x 32 pixels, so that motion spans pixels
 STEPS = 1000
 PROMPTS = 4  # samples under captions of the set
 PAIRS = 12  # samples without text, told low and high motion from the same noise; the page shows the first four
@@ -47,7 +47,7 @@ def run(workdir: pathlib.Path, videos: str | None = None, steps: int | None = No
   if videos is None:
     with _timed(clock, "render films"):
       if not (workdir / "films" / "films.json").exists():
-        films.render_films(workdir / "films", FILMS, FILM_SECONDS, FILM_SIZE)
+        films.render_films(workdir / "films", FILMS, FILM_SECONDS, FILM_SIZE, shot_seconds=SHOT_SECONDS)
     videos = str(workdir / "films")
   with _timed(clock, "curate"):
     funnel = curate.curate(videos, workdir / "set", curate.Options(Recipe(short_side=MEDIA_SIDE), report=False))
@@ -76,7 +76,7 @@ def run(workdir: pathlib.Path, videos: str | None = None, steps: int | None = No
 
 
 def _config(clip_set: pathlib.Path, steps: int) -> Any:
-  """A small text-to-video run on the set: XS, a second of 32 x 32 pixels."""
+  """A small text-to-video run on the set: XS, two seconds of 32 x 32 pixels."""
   c = config_lib.load("video_dit:size=XS")
   kept = len(records.RecordSource(clip_set))
   c.update_from_flattened_dict({

@@ -70,21 +70,22 @@ class Film:
     return worlds.render(shot.script, np.array([time_s]), height, width)[0]
 
 
-def plan(count: int, seconds: float, seed: int) -> list[Film]:
+def plan(count: int, seconds: float, seed: int, shot_seconds: tuple[float, float] = SHOT_S) -> list[Film]:
   """The films of a seed: film i is the same whatever the count.
 
   Args:
     count: number of films. seconds: length of each. seed: of the world and of the cutting.
+    shot_seconds: shortest and longest wished length of a shot.
   """
-  return [_plan_film(number, seconds, seed) for number in range(count)]
+  return [_plan_film(number, seconds, seed, shot_seconds) for number in range(count)]
 
 
-def _plan_film(number: int, seconds: float, seed: int) -> Film:
+def _plan_film(number: int, seconds: float, seed: int, shot_seconds: tuple[float, float]) -> Film:
   rate = RATES[number % len(RATES)]
   total = round(seconds * rate)
   rng = np.random.Generator(np.random.PCG64([seed, number]))
-  count = max(1, round(seconds / float(np.mean(SHOT_S))))
-  lengths = np.array([rng.uniform(*SHOT_S) for _ in range(count)])
+  count = max(1, round(seconds / float(np.mean(shot_seconds))))
+  lengths = np.array([rng.uniform(*shot_seconds) for _ in range(count)])
   borders = np.round(np.cumsum(lengths) / lengths.sum() * total).astype(int)[:-1]
   overlaps = [_overlap(k + number, float(rate), rng) for k in range(count - 1)]
   starts = [0] + [int(b) - o // 2 for b, o in zip(borders, overlaps, strict=True)]
@@ -116,6 +117,7 @@ def render_films(
   seconds: float = 8.0,
   size: tuple[int, int] = (144, 256),
   seed: int = 0,
+  shot_seconds: tuple[float, float] = SHOT_S,
 ) -> list[pathlib.Path]:
   """Renders films of the procedural world into H.264 MP4 files with an AAC track, at 24 and 30000/1001 frames a second.
 
@@ -128,6 +130,7 @@ def render_films(
     folder: made where it is missing; each file appears whole or not at all.
     count: films. seconds: length of each, at least half a second.
     size: (height, width) in pixels, even. seed: of the world and of the cutting.
+    shot_seconds: shortest and longest wished length of a shot.
 
   Raises:
     UsageError: nothing to render, or a size that H.264 cannot hold.
@@ -138,7 +141,7 @@ def render_films(
   if min(size) < 16 or height % 2 or width % 2:
     raise UsageError(f"films need an even height and width of at least 16 pixels, got {height} x {width}")
   folder = pathlib.Path(folder)
-  films = plan(count, seconds, seed)
+  films = plan(count, seconds, seed, shot_seconds)
   for film in progress.track(films, "render films"):
     encode.write(folder / film.file, film.frames(height, width), fps=film.rate, audio="sine")
   files.write_text(folder / CAPTIONS, _captions(films))
