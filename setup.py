@@ -25,6 +25,7 @@ REQUIRED = [
   "rich>=13",  # progress bars, tables
   "safetensors>=0.5",
   "scipy>=1.14",  # L-BFGS, Student's t
+  "threadpoolctl>=3.5",  # one BLAS thread where matrices are tiny
   "tensorflow-datasets>=4.9.10",  # no TensorFlow: tfds.data_source on ArrayRecord
 ]
 

@@ -215,8 +215,9 @@ def _doubts(fitted: Fit, other: Surface, checked: holdout.Holdout | None, target
   far = influence.outliers(fitted)
   if len(far):
     table, row = fitted.table, far[0]
+    rows = f"{len(far)} row" + ("s" if len(far) > 1 else "")
     said.append(
-      f"{len(far)} row{'s' if len(far) > 1 else ''} beyond {influence.OUTLIER} robust standard deviations (the furthest: "
+      f"{rows} beyond {influence.OUTLIER} robust standard deviations (the furthest: "
       f"{table.params[row]:.4g} parameters, {table.tokens[row]:.4g} tokens, loss {table.loss[row]:.4g}); compare huber"
     )
   found = fitted.intervals()

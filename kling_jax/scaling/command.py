@@ -139,6 +139,8 @@ def _predict(args: argparse.Namespace) -> int:
 
   if args.device_hours is not None:
     args.flops = _paid(args)
+  if args.out and not args.out.endswith(".py"):
+    raise UsageError(f"--out {args.out}: a config is a .py file")
   if args.table and args.fit:
     raise UsageError("give --table or --fit, not both")
   if args.devices < 1 or not 0 < args.within < 100:

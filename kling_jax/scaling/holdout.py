@@ -5,10 +5,11 @@ import math
 from typing import Any
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 from kling_jax.errors import DataError
 from kling_jax.scaling.fit import Fit, Options, fit
+from kling_jax.scaling.intervals import student
 from kling_jax.scaling.table import RunTable
 
 PASS = "pass"
@@ -121,7 +122,7 @@ def judge(fitted: Fit, rows: RunTable, source: str) -> Holdout:
   share = max(float((error > 0).mean()), float((error < 0).mean()))
   low, high = fitted.loss_interval(rows.params, rows.tokens, of_run=True)
   # The threshold of 3 sigma holds for a known noise; where it was estimated from few runs, Student's t asks for more.
-  threshold = float(stats.t.ppf(stats.norm.cdf(SIGMAS), max(runs, 1)))
+  threshold = student(float(special.ndtr(SIGMAS)), max(runs, 1))
   fails = share >= ONE_SIGNED and abs(z) > threshold and abs(float(error.mean())) > NEGLIGIBLE
   law_error = law / float(rows.loss.mean())
   inside = float(((rows.loss >= low) & (rows.loss <= high)).mean())

@@ -8,13 +8,14 @@ L-BFGS on the best ones.
 """
 
 import numpy as np
+import threadpoolctl
 from scipy import optimize
 
 from kling_jax.scaling import projection
 from kling_jax.scaling.projection import Rows
 
 STARTS = np.geomspace(0.05, 2.0, 10)  # of alpha and of beta
-POLISHED = 6  # of the starts, the best ones that L-BFGS goes on from
+POLISHED = 4  # of the starts, the best ones that L-BFGS goes on from
 EMPTY = 1e-4  # a term that the projection leaves out starts at this share of the loss
 
 
@@ -69,7 +70,9 @@ def minima(rows: Rows, loss: np.ndarray, weights: np.ndarray, delta: float) -> t
   order = value.argsort()
   q, value = q[order], value[order]
   new = np.concatenate([[True], np.abs(np.diff(value)) > 1e-9 * value[1:]])
-  polished = [_lbfgs(rows, y, w, delta, start) for start in q[new][:POLISHED]]
+  # SciPy's L-BFGS factors matrices of 10 x 10; threads that wait for one another there cost a hundredfold.
+  with threadpoolctl.threadpool_limits(1, "blas"):
+    polished = [_lbfgs(rows, y, w, delta, start) for start in q[new][:POLISHED]]
   order = np.argsort([value for _, value in polished])
   return _plain(np.stack([polished[k][0] for k in order])), np.array([polished[k][1] for k in order])
 
@@ -172,6 +175,6 @@ def _lbfgs(rows: Rows, y: np.ndarray, w: np.ndarray, delta: float, start: np.nda
     return float((w * huber(r, delta)).sum() / delta), np.array(gradient)
 
   bounds = [(None, None)] * 3 + [projection.EXPONENTS] * 2
-  options = {"ftol": 1e-15, "gtol": 1e-12, "maxiter": 5000, "maxfun": 20000, "maxcor": 20}
+  options = {"ftol": 1e-15, "gtol": 1e-12, "maxiter": 5000, "maxfun": 20000, "maxcor": 10}
   done = optimize.minimize(scaled, start, jac=True, method="L-BFGS-B", bounds=bounds, options=options)
   return done.x, float(done.fun * delta)

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 from kling_jax.scaling.projection import Rows
 
@@ -51,6 +51,11 @@ def run_draws(
   return refit(np.broadcast_to(loss, drawn.shape), drawn)
 
 
+def student(probability: float, dof: float = np.inf) -> float:
+  """The quantile of Student's t, or of the normal where dof is infinite."""
+  return float(special.stdtrit(dof, probability) if np.isfinite(dof) else special.ndtri(probability))
+
+
 def interval(draws: np.ndarray, level: float, dof: float = np.inf, centre: np.ndarray | float | None = None):
   """(low, high) of draws along their last axis: percentiles, expanded as Student's t expands the normal's.
 
@@ -60,7 +65,7 @@ def interval(draws: np.ndarray, level: float, dof: float = np.inf, centre: np.nd
   """
   tail = (1 - level) / 2
   if np.isfinite(dof):
-    tail = float(stats.norm.cdf(stats.t.ppf(tail, max(dof, 1))))
+    tail = float(special.ndtr(student(tail, max(dof, 1))))
   low, high = np.quantile(draws, [tail, 1 - tail], axis=-1)
   if centre is not None:
     low, high = np.minimum(low, centre), np.maximum(high, centre)

@@ -4,9 +4,9 @@ import dataclasses
 from collections.abc import Mapping
 
 import numpy as np
-from scipy import stats
 
 from kling_jax.errors import DataError
+from kling_jax.scaling.intervals import student
 from kling_jax.scaling.laws import PowerLaw
 
 SAME_BUDGET = 0.05  # relative difference in C below which runs count as one budget
@@ -40,7 +40,7 @@ class PowerFit:
 
   def intervals(self, level: float = 0.9) -> dict[str, tuple[float, float]]:
     """{"coefficient" or an argument's name, for its exponent: (low, high)} of Student's t."""
-    reach = stats.t.ppf((1 + level) / 2, self.dof) * np.sqrt(np.diag(self.covariance))
+    reach = student((1 + level) / 2, self.dof) * np.sqrt(np.diag(self.covariance))
     low, high = self.estimate - reach, self.estimate + reach
     low[0], high[0] = np.exp(low[0]), np.exp(high[0])
     return dict(zip(("coefficient", *self.arguments), zip(low.tolist(), high.tolist(), strict=True), strict=True))
@@ -48,7 +48,7 @@ class PowerFit:
   def interval(self, level: float = 0.9, **given: float) -> tuple[float, float]:
     """Of the law's value at raw counts."""
     x = np.array([1.0, *(np.log(given[name]) for name in self.arguments)])
-    reach = float(stats.t.ppf((1 + level) / 2, self.dof) * np.sqrt(x @ self.covariance @ x))
+    reach = float(student((1 + level) / 2, self.dof) * np.sqrt(x @ self.covariance @ x))
     centre = float(x @ self.estimate)
     return float(np.exp(centre - reach)), float(np.exp(centre + reach))
 

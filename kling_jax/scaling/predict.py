@@ -8,7 +8,6 @@ import pathlib
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from kling_jax.errors import DataError, UsageError
 from kling_jax.models.flop_rules import FlopRule
@@ -263,7 +262,7 @@ def _intervals(source: Source, params, tokens, flops, rule) -> dict[str, tuple[f
     pairs |= {f"{name}_opt": (getattr(best, name), getattr(middle, name)) for name in best._fields}
     found = {name: intervals.interval(some, LEVEL, source.dof, centre) for name, (some, centre) in pairs.items()}
   elif source.sigma is not None:
-    reach = float(stats.norm.ppf((1 + LEVEL) / 2)) * source.sigma
+    reach = intervals.student((1 + LEVEL) / 2) * source.sigma
     found["loss"] = (value - reach, value + reach)
   for name, law in (("lr", source.lr), ("batch_tokens", source.batch_tokens)):
     if law is not None:

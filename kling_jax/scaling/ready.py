@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import pathlib
 import textwrap
 from typing import Any
 
@@ -68,11 +67,8 @@ def write(path: str | os.PathLike[str], found: predict.Prediction, model: Base, 
   """Writes the config file of a prediction for `model`.
 
   Raises:
-    UsageError: the law states no learning rate and batch, or the file is not to be Python.
+    UsageError: the law states no learning rate and batch.
   """
-  path = pathlib.Path(path)
-  if path.suffix != ".py":
-    raise UsageError(f"--out {path}: a config is a .py file")
   if found.lr is None or found.batch_tokens is None or found.steps is None:
     raise UsageError(f"law {found.law} states no learning rate and batch: no config can be written")
   files.write_text(path, _text(found, model, command))
