@@ -26,12 +26,54 @@ CAPTION_TABLES = ("captions.csv", "captions.jsonl")
 
 
 @dataclasses.dataclass(frozen=True)
-class _Clip:
+class FileClip:
+  """A clip that is a video file, or its span [start_s, end_s)."""
+
   path: str
   info: ClipInfo
+  start_s: float | None = None
+  end_s: float | None = None
 
 
-class FolderSource:
+class FileClips:
+  """Clips that lie in video files: the part of ClipSource that folders and tables share.
+
+  Args:
+    clips: in order.
+    what: the source in words, for the error.
+    refused: verdicts of what was left out.
+
+  Raises:
+    DataError: no clip is left.
+  """
+
+  def __init__(self, clips: Sequence[FileClip], what: str, refused: Sequence[quarantine.Verdict]):
+    if not clips:
+      raise errors.DataError(none_left(what, refused))
+    self.refused = tuple(refused)
+    self._clips = list(clips)
+    self._fingerprint = record.fingerprint(clip.info.clip_id for clip in clips)
+
+  @property
+  def fingerprint(self) -> str:
+    return self._fingerprint
+
+  def __len__(self) -> int:
+    return len(self._clips)
+
+  def path(self, index: int) -> str:
+    """The file of clip `index`."""
+    return self._clips[index].path
+
+  def info(self, index: int) -> ClipInfo:
+    return self._clips[index].info
+
+  def frames(self, index: int, times_s: np.ndarray, height: int, width: int) -> np.ndarray:
+    clip = self._clips[index]
+    return decode.frames_at(clip.path, times_s, height, width, start_s=clip.start_s, end_s=clip.end_s)
+
+
+class FolderSource(FileClips):
   """The videos below a folder, sorted by relative path; implements ClipSource.
 
   Every file is walked once when the source is made (headers, packets, one frame), so that broken files are known
@@ -66,33 +108,14 @@ class FolderSource:
     top = pathlib.Path(folder)
     paths = find_videos(top)
     verdicts = admit(paths, quarantine, min_frames=min_frames, min_side=min_side, limits=limits)
-    self.refused = tuple(v for v in verdicts.values() if v.outcome == "quarantine")
     captions = Captions(top)
-    self._clips: list[_Clip] = []
+    clips = []
     for path, verdict in verdicts.items():
       if verdict.outcome != "quarantine" and verdict.info is not None:
         name = os.path.relpath(path, top).replace(os.sep, "/")
-        self._clips.append(_Clip(path, whole_file(path, verdict.info, name, captions.of(path, name))))
-    if not self._clips:
-      raise errors.DataError(none_left(f"folder {os.fspath(folder)!r}", self.refused))
-    self._fingerprint = record.fingerprint(clip.info.clip_id for clip in self._clips)
-
-  @property
-  def fingerprint(self) -> str:
-    return self._fingerprint
-
-  def __len__(self) -> int:
-    return len(self._clips)
-
-  def path(self, index: int) -> str:
-    """The file of clip `index`."""
-    return self._clips[index].path
-
-  def info(self, index: int) -> ClipInfo:
-    return self._clips[index].info
-
-  def frames(self, index: int, times_s: np.ndarray, height: int, width: int) -> np.ndarray:
-    return decode.frames_at(self._clips[index].path, times_s, height, width)
+        clips.append(FileClip(path, whole_file(path, verdict.info, name, captions.of(path, name))))
+    refused = [verdict for verdict in verdicts.values() if verdict.outcome == "quarantine"]
+    super().__init__(clips, f"folder {os.fspath(folder)!r}", refused)
 
 
 def find_videos(top: str | os.PathLike[str]) -> list[str]:

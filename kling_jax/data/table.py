@@ -7,8 +7,6 @@ import pathlib
 import typing
 from collections.abc import Sequence
 
-import numpy as np
-
 from kling_jax import errors
 from kling_jax.data import clip_table, decode, folder, koala, record
 from kling_jax.data import quarantine as quarantine_lib
@@ -29,15 +27,7 @@ class _BadRow(Exception):
     self.reason, self.detail = reason, detail
 
 
-@dataclasses.dataclass(frozen=True)
-class _Clip:
-  path: str
-  start_s: float
-  end_s: float
-  info: ClipInfo
-
-
-class TableSource:
+class TableSource(folder.FileClips):
   """The rows of a table, in order; implements ClipSource.
 
   Columns (all but `url` optional):
@@ -91,39 +81,18 @@ class TableSource:
         verdicts.append(_refusal(self._name(number, row), bad))
     # One look at each file, however many clips it gives.
     files = folder.admit(dict.fromkeys(paths.values()), None, min_side=min_side, limits=limits)
-    self._clips: list[_Clip] = []
+    clips = []
     whole: dict[str, ClipInfo] = {}
     for number, name in paths.items():
       try:
-        self._clips.append(self._clip(rows[number], files[name], name, whole))
+        clips.append(self._clip(rows[number], files[name], name, whole))
       except _BadRow as bad:
         verdicts.append(_refusal(self._name(number, rows[number]), bad))
-    self.refused = tuple(verdicts)
     if quarantine is not None:
       book = quarantine_lib.Log(quarantine)
       for verdict in verdicts:
         book.add(verdict.source, typing.cast(quarantine_lib.Reason, verdict.reason), verdict.detail)
-    if not self._clips:
-      raise errors.DataError(folder.none_left(f"table {str(self._path)!r}", self.refused))
-    self._fingerprint = record.fingerprint(clip.info.clip_id for clip in self._clips)
-
-  @property
-  def fingerprint(self) -> str:
-    return self._fingerprint
-
-  def __len__(self) -> int:
-    return len(self._clips)
-
-  def path(self, index: int) -> str:
-    """The file of clip `index`."""
-    return self._clips[index].path
-
-  def info(self, index: int) -> ClipInfo:
-    return self._clips[index].info
-
-  def frames(self, index: int, times_s: np.ndarray, height: int, width: int) -> np.ndarray:
-    clip = self._clips[index]
-    return decode.frames_at(clip.path, times_s, height, width, start_s=clip.start_s, end_s=clip.end_s)
+    super().__init__(clips, f"table {str(self._path)!r}", verdicts)
 
   def _rows(self, ignore: Sequence[str]) -> list[dict[str, typing.Any]]:
     table = read_table(self._path, _TEXT)
@@ -155,7 +124,7 @@ class TableSource:
 
   def _clip(
     self, row: dict[str, typing.Any], verdict: quarantine_lib.Verdict, path: str, whole: dict[str, ClipInfo]
-  ) -> _Clip:
+  ) -> folder.FileClip:
     if verdict.reason is not None or verdict.info is None:
       raise _BadRow(verdict.reason or "unreadable", verdict.detail)
     file = verdict.info
@@ -177,7 +146,7 @@ class TableSource:
       video_id=video or whole[path].video_id,
       index=index,
     )
-    return _Clip(path, start_s, end_s, info)
+    return folder.FileClip(path, info, start_s, end_s)
 
   def _span(self, row: dict[str, typing.Any], file: decode.VideoInfo) -> tuple[float, float]:
     """The row's span in container time."""
