@@ -3,6 +3,7 @@
 import argparse
 import json
 import pathlib
+import shlex
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -161,7 +162,7 @@ def _predict(args: argparse.Namespace) -> int:
     batching = predict.Batching(model.clip_tokens, args.devices)
     found = predict.predict(source, **wanted, batching=batching, within=args.within / 100, rule=rule)
     if args.out:
-      ready.write(args.out, found, model, "kling " + " ".join(sys.argv[1:]))
+      ready.write(args.out, found, model, _command(args))
       print(f"wrote {args.out}", file=sys.stderr)
   warn(found.warnings)
   if args.json:
@@ -169,6 +170,18 @@ def _predict(args: argparse.Namespace) -> int:
   else:
     print(predict.text(found))
   return 0
+
+
+def _command(args: argparse.Namespace) -> str:
+  """The command line of a prediction, for the file that it writes."""
+  names = ("params", "tokens", "device_hours", "device", "mfu") if args.device_hours else ("params", "tokens", "flops")
+  source = "table" if args.table else "fit" if args.fit else "law"
+  words = {name: getattr(args, name) for name in (*names, source, "config", "devices")}
+  return "kling sweep predict " + " ".join(
+    f"--{name} {value:g}" if isinstance(value, float) else f"--{name} {shlex.quote(str(value))}"
+    for name, value in words.items()
+    if value is not None
+  )
 
 
 def _paid(args: argparse.Namespace) -> float:
