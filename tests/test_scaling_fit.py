@@ -285,12 +285,15 @@ def test_ninety_percent_intervals_cover_the_truth_that_often():
     "params_exponent": TRUTH.params_exponent, "params_opt": best.params, "tokens_opt": best.tokens,
     "loss_opt": best.loss,
   }  # fmt: skip
-  inside = dict.fromkeys(wanted, 0)
+  inside, widths = dict.fromkeys(wanted, 0), []
   for seed in range(total):
     pairs = fit.fit(noisy(1000 + seed), fit.Options(draws=400, seed=seed)).intervals(1e22)
     for name, value in wanted.items():
       inside[name] += pairs[name][0] <= value <= pairs[name][1]
+    low, high = np.transpose([pairs["params_exponent"], pairs["params_opt"]])
+    widths.append((high[0] - low[0], high[1] / low[1]))
   print({name: hits / total for name, hits in inside.items()})
+  print("median width of the exponent of N_opt, and high / low of N_opt at 1e22 FLOPs:", np.median(widths, axis=0))
   for name, hits in inside.items():
     assert 0.85 <= hits / total <= 0.95, (name, hits)
 
