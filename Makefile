@@ -8,7 +8,7 @@ export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.2
 export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES ?= -1
 
-.PHONY: venv demo test drill check bench format clean
+.PHONY: venv tpu demo test drill check bench format clean
 
 venv: $(VENV)/ready
 
@@ -19,13 +19,22 @@ $(VENV)/ready: setup.py
 	$(BIN)/python -m pip install --quiet -e '.[test]'
 	touch $@
 
+# The TPU compiler, which runs on any x86 machine. It stands beside the environment and not in it: with it installed,
+# every start of JAX looks for TPUs and complains where there are none.
+tpu: $(VENV)/libtpu/ready
+
+$(VENV)/libtpu/ready: $(VENV)/ready
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/libtpu \
+	  "$$($(BIN)/python -c 'from importlib.metadata import requires; print(next(r.split(";")[0] for r in requires("jax") if r.startswith("libtpu")))')"
+	touch $@
+
 demo: venv
 	$(BIN)/kling demo $(if $(VIDEOS),--videos "$(VIDEOS)") $(if $(WORKDIR),--workdir "$(WORKDIR)")
 
 test: venv
 	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
 
-drill: venv
+drill: venv tpu
 	$(BIN)/python -m pytest -m drill --timeout 1200
 
 check: venv

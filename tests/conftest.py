@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import sys
 
 ROOT = pathlib.Path(__file__).parents[1]
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -26,3 +27,19 @@ def shared() -> pathlib.Path:
   if not folder.is_dir():
     pytest.skip(f"no shared data at {folder}")
   return folder
+
+
+@pytest.fixture(scope="session")
+def tpu_compiler() -> dict[str, str]:
+  """The environment of a process that may compile for TPU; `make tpu` installs the compiler beside the interpreter."""
+  folder = pathlib.Path(sys.prefix) / "libtpu"
+  if not folder.is_dir():
+    pytest.skip(f"no TPU compiler at {folder}: run `make tpu`")
+  return {
+    **os.environ,
+    "PYTHONPATH": str(folder),
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nothing runs on a TPU here, so processes need not take turns
+    "TPU_SKIP_MDS_QUERY": "1",  # there is no metadata server to ask
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5p-8",
+  }
