@@ -36,7 +36,7 @@ EXTRAS = {
   "sweep": ["matplotlib>=3.9"],  # plots of scaling laws
   "ray": ["ray[data]>=2.40"],  # curation and sweeps on many machines
   "eval": ["scikit-image>=0.24"],  # independent references of the metrics
-  "bench": ["torch>=2.4"],  # the other side of the benchmarks
+  "bench": ["torch>=2.4", "scenedetect-headless>=0.7"],  # the other side of the benchmarks
 }
 EXTRAS["test"] = (
   EXTRAS["demo"]
@@ -45,6 +45,8 @@ EXTRAS["test"] = (
   + [
     "hypothesis>=6.100",
     "mypy>=1.11",
+    "opentimelineio>=0.17",  # reads the shot lists back
+    "otio-cmx3600-adapter>=1.0",
     "psutil>=6",
     "pytest>=8",
     "pytest-timeout>=2.3",

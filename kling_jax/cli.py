@@ -126,14 +126,26 @@ def _doctor(args: argparse.Namespace) -> int:
 
 def _add_split(parser: Parser) -> None:
   parser.add_argument("video", nargs="+", help="video files")
-  parser.add_argument("--method", default="default", help="default")
+  parser.add_argument("--method", default="default", help="default, or css: Color-Struct SVM of Koala-36M")
+  parser.add_argument("--output", help="folder for shot lists")
+  parser.add_argument("--format", action="append", default=[], metavar="FORMAT",
+                      help="csv (as PySceneDetect's), edl, otio, stats (a row a frame); repeat for others")  # fmt: skip
+  parser.add_argument("--workers", type=int, help="processes (default: one a core)")
+  parser.add_argument("--weights", metavar="FILE", help="what --fit wrote (css)")
+  parser.add_argument("--fit", metavar="FILE", help="train css's SVM on these videos, without labels; write it here")
+  parser.add_argument("--seed", type=int, default=0, help="of --fit's choice of pairs")
   _add_json(parser)
 
 
 def _split(args: argparse.Namespace) -> int:
-  from kling_jax.curation import split
+  from kling_jax.curation import split_command
 
-  return split.command(args.video, method=args.method, as_json=args.json)
+  if args.fit:
+    return split_command.fit(args.video, args.fit, seed=args.seed, as_json=args.json)
+  return split_command.command(
+    args.video, method=args.method, as_json=args.json, weights=args.weights, output=args.output, formats=args.format,
+    workers=args.workers,
+  )  # fmt: skip
 
 
 def _add_curate(parser: Parser) -> None:

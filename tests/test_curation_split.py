@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 import pytest
 
-from kling_jax.curation import split, transitions
+from kling_jax.curation import split, split_command, transitions
 from kling_jax.data import encode, films
 from kling_jax.data.reasons import MediaError
 from kling_jax.errors import UsageError
@@ -134,7 +134,7 @@ def test_json_has_the_keys_that_others_rely_on(tmp_path, capsys):
   frames = [cv2.resize(f.astype(np.uint8), (64, 36)) for f in np.concatenate([scene(30, 15), scene(31, 15)])]
   encode.write(tmp_path / "v.mp4", frames, fps=25)
   (tmp_path / "bad.mp4").write_bytes(b"no video")
-  code = split.command([str(tmp_path / "v.mp4"), str(tmp_path / "bad.mp4")], as_json=True)
+  code = split_command.command([str(tmp_path / "v.mp4"), str(tmp_path / "bad.mp4")], as_json=True)
   out, err = capsys.readouterr()
   [video] = json.loads(out)
   assert set(video) == {"video", "fps", "num_frames", "transitions", "shots"}

@@ -13,9 +13,14 @@ value), where grey pixels have no hue to flicker. Distances are mean absolute di
 
 import itertools
 
+import av
 import numpy as np
 
+from kling_jax.curation.detector import Found
+from kling_jax.data import picture
 from kling_jax.data.record import Transition
+
+SMALL_SIDE = 32  # pixels of the longer side that the tests see
 
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 CUT_DIFFERENCE, CUT_RATIO = 7.0, 3.0
@@ -30,6 +35,24 @@ GRADUAL_DIFFERENCE, GRADUAL_CORRELATION = 15.0, 0.5  # least difference, largest
 PLATEAU_FRAMES, PLATEAU_RATIO = 12, 2.0  # a transition changes the picture faster than the calmer of its neighbours
 DISSOLVE_RESIDUAL, WIPE_RESIDUAL = 0.27, 0.2  # distance from the line or from both pictures, relative to the ends'
 CHUNK = 1024
+
+
+class SmallPictures:
+  """The detector of this file: keeps a small picture of every frame."""
+
+  def __init__(self) -> None:
+    self._small: list[np.ndarray] = []
+    self._size = (0, 0)
+
+  def look(self, frame: av.VideoFrame) -> None:
+    if not self._small:
+      rows, columns = picture.upright_size(frame)
+      scale = SMALL_SIDE / max(rows, columns)
+      self._size = max(4, round(rows * scale)), max(4, round(columns * scale))
+    self._small.append(picture.to_rgb(frame, self._size))
+
+  def finish(self, fps: float) -> Found:
+    return Found(find_transitions(np.stack(self._small), fps), None, {})
 
 
 def find_transitions(small_THWC: np.ndarray, fps: float) -> list[Transition]:
