@@ -97,6 +97,18 @@ def test_tuned_table_holds_the_minima_and_keeps_hold_outs_apart():
   assert len(one) == 5 and one.loss[0] == runs.loss[12] and (one.loss >= tuned.loss * (1 - 1e-12)).all()
 
 
+def test_repeated_seeds_are_no_grid_and_token_counts_of_one_run_stay_together():
+  columns = {name: [values[0], values[0], values[1]] for name, values in sweep(width=3).items()}
+  columns["lr"], columns["batch_tokens"], columns["params"] = [1e-3] * 3, [1e5] * 3, [1e8, 1e8, 2e8]
+  assert not lr_batch.has_grids(table.from_columns(columns))
+  columns["lr"] = [1e-3, 2e-3, 1e-3]
+  assert lr_batch.has_grids(table.from_columns(columns))
+  whole = sweep()
+  whole["run"] = [str(k % 25) for k in range(125)]  # every (rate, batch) is one run, read at each (N, T)
+  tuned = lr_batch.tuned(table.from_columns(whole))
+  assert len(tuned) == 5 and tuned.runs < 5
+
+
 # ---- published tables
 
 

@@ -131,6 +131,18 @@ def test_smaller_models_for_the_same_budget():
   assert "far beyond" in answer.warnings[0] and answer.extrapolation["flops"] == pytest.approx(1e22 / 6e18)
 
 
+def test_exactly_counted_flops_become_the_nearest_rule():
+  n, t = (part.ravel() for part in np.meshgrid([1e5, 1e6, 1e7], [1e8, 1e9, 1e10], indexing="ij"))
+  exact = 1.02 * FlopRule("cross_dit", 1280).flops(n, t)
+  loss = 0.5 + 6 / n**0.3 + 15 / t**0.3
+  columns = {"params": n, "tokens": t, "loss": loss, "flops": exact, "flop_rule": ["exact"] * 9}
+  found = analysis.analyse(table.from_columns(columns), QUICK)
+  assert found.rule.name == "cross_dit" and found.rule.context == pytest.approx(1280, rel=0.1)
+  assert "nearest to cross_dit" in found.warnings[0]
+  forced = analysis.analyse(table.from_columns(columns), QUICK, rule=FlopRule())
+  assert str(forced.rule) == "6nt" and not any("nearest" in warning for warning in forced.warnings)
+
+
 def test_budget_with_a_given_size_and_with_device_hours(capsys):
   source = predict.from_published("yin2024")
   given = predict.predict(source, params=1e9, flops=1e21)
@@ -229,7 +241,7 @@ def test_ready_config_trains(tmp_path):
   out = tmp_path / "run.py"
   words = ["sweep", "predict", "--params", "3e4", "--tokens", "1e6", "--config", "video_dit:res=64", "--out", str(out)]
   assert cli.main(words) == 0
-  overrides = ["--config.steps=2", "--config.data.batch=2", "--config.validation.every=0"]
+  overrides = ["--config.steps=2", "--config.data.batch=8", "--config.validation.every=0"]
   assert cli.main(["train", "--config", str(out), "--workdir", str(tmp_path / "w"), *overrides]) == 0
   rows = [json.loads(line) for line in (tmp_path / "w/metrics.jsonl").read_text().splitlines()]
   assert np.isfinite(rows[-1]["loss"])

@@ -150,8 +150,9 @@ def analyse(
     DataError: a table that cannot carry the surface.
   """
   options = options or Options()
-  rule = rule or _rule(table)
-  raw, warnings = table, list(table.warnings)
+  nearest, said = _rule(table)
+  rule = rule or nearest
+  raw, warnings = table, [*table.warnings, *(said if rule == nearest else ())]
   hyper, reason = None, "the table has no grids of learning rate and batch"
   if lr_batch.has_grids(table):
     table = lr_batch.tuned(raw)
@@ -166,7 +167,7 @@ def analyse(
   warnings += fitted.warnings
   target = flops or BEYOND * float(rule.flops(fitted.table.params, fitted.table.tokens).max())
   other = _other(fitted)
-  checked = holdout.check(table, options)
+  checked = holdout.check(table, options, fitted)
   told = influence.identifiability(fitted)
   warnings += told.warnings + tuple(_doubts(fitted, other, checked, target, rule))
   valleys, valley_law = _isoflop(fitted.table, rule)
@@ -179,9 +180,17 @@ def analyse(
   )  # fmt: skip
 
 
-def _rule(table: RunTable) -> FlopRule:
-  exact = table.flop_rule in ("", EXACT)  # counted for networks; as a function of N it is closest to 6NT
-  return SIX_NT if exact else FlopRule.parse(table.flop_rule)
+def _rule(table: RunTable) -> tuple[FlopRule, list[str]]:
+  """How the table counts FLOPs, as a function of N; where it counts exactly, the nearest such function."""
+  if table.flop_rule not in ("", EXACT):
+    return FlopRule.parse(table.flop_rule), []
+  if not table.flop_rule or table.flops is None:
+    return SIX_NT, []
+  # C / T = 3/4 N (7 + n / N^(1/3)) of the scaling family: the context n that fits best.
+  share = table.flops / table.tokens / (0.75 * table.params) - 7
+  rule = FlopRule("cross_dit", max(0.0, float(np.median(share * table.params ** (1 / 3)))))
+  off = float(np.abs(rule.flops(table.params, table.tokens) / table.flops - 1).max())
+  return rule, [f"FLOPs are counted exactly; as a function of N they are nearest to {rule}, within {off:.1%}"]
 
 
 def _other(fitted: Fit) -> Surface:

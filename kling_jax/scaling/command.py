@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from kling_jax.errors import UsageError
+from kling_jax.scaling import sweep_command
 
 Action = tuple[Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int], str]
 
@@ -127,8 +128,10 @@ def _add_predict(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("--fit", help="fit.json that `kling sweep fit --out` wrote, instead of a law in print")
   _add_table(parser, required=False)
   parser.add_argument("--within", type=float, default=0.1, help="percent above the lowest loss for the range of N")
-  parser.add_argument("--config", metavar="FILE[:ARGS]", help="config whose clips make up a batch (default: "
-                      "video_dit:res=256), without its size")  # fmt: skip
+  parser.add_argument("--config", metavar="FILE[:ARGS]", help="config whose clips make up a batch, without its size "
+                      "(default with --out: video_dit:res=256)")  # fmt: skip
+  parser.add_argument("--clip_tokens", type=int, default=1280, help="tokens of a clip, where no config counts them "
+                      "(default: 1280, 17 frames of 256 x 256 in the codec of the video law)")  # fmt: skip
   parser.add_argument("--devices", type=int, default=1, help="devices that a batch is divided over (default: 1)")
   parser.add_argument("--out", metavar="F.py", help="write a config that `kling train` takes as it is")
   parser.add_argument("--json", action="store_true", help="machine-readable answer on standard output")
@@ -144,23 +147,25 @@ def _predict(args: argparse.Namespace) -> int:
     raise UsageError(f"--out {args.out}: a config is a .py file")
   if args.table and args.fit:
     raise UsageError("give --table or --fit, not both")
-  if args.devices < 1 or not 0 < args.within < 100:
-    raise UsageError("--devices must be at least 1, --within between 0 and 100 percent")
+  if args.devices < 1 or args.clip_tokens < 1 or not 0 < args.within < 100:
+    raise UsageError("--devices and --clip_tokens must be at least 1, --within between 0 and 100 percent")
   if args.table:
     source = predict.from_analysis(_analyse(args), args.table)
   else:
     source = predict.load(args.fit) if args.fit else predict.from_published(args.law)
   rule = FlopRule.parse(args.flop_rule) if args.flop_rule else None
   wanted: dict[str, Any] = {"params": args.params, "tokens": args.tokens, "flops": args.flops}
-  found = predict.predict(source, **wanted, within=args.within / 100, rule=rule)
+  batching = predict.Batching(args.clip_tokens, args.devices)
+  ask = lambda: predict.predict(source, **wanted, batching=batching, within=args.within / 100, rule=rule)
+  found = ask()
   if args.config or args.out:
     from kling_jax.scaling import ready
 
     model = ready.base(args.config or "video_dit:res=256", found.params)
-    # The family has no model of every size: what is trained is the nearest one, on the same tokens.
-    wanted = {"params": model.params, "tokens": found.tokens} if args.out else wanted
     batching = predict.Batching(model.clip_tokens, args.devices)
-    found = predict.predict(source, **wanted, batching=batching, within=args.within / 100, rule=rule)
+    if args.out:  # the family has no model of every size: what is trained is the nearest one, on the same tokens
+      wanted = {"params": model.params, "tokens": found.tokens}
+    found = ask()
     if args.out:
       ready.write(args.out, found, model, _command(args))
       print(f"wrote {args.out}", file=sys.stderr)
@@ -200,6 +205,9 @@ def _paid(args: argparse.Namespace) -> float:
 
 
 ACTIONS: dict[str, Action] = {
+  "run": (sweep_command.add_run, sweep_command.run, "Run a sweep to its end: start workers, watch them, show them."),
+  "work": (sweep_command.add_work, sweep_command.work, "One worker of a sweep; what executors start."),
+  "status": (sweep_command.add_status, sweep_command.status, "Where a sweep stands: every run and its loss."),
   "fit": (_add_fit, _fit, "Loss surface and laws of learning rate and batch from a table of runs, with intervals."),
   "predict": (_add_predict, _predict, "Learning rate, batch, steps and loss of a run, from a law or a fit."),
 }

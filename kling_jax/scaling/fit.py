@@ -58,7 +58,7 @@ class Fit:
   Attributes:
     options: how it was fitted. table: the rows it was fitted to.
     surface: the estimate, raw counts. objective: the minimum: weighted sum of squares, or of Huber's loss.
-    sigma: standard deviation of the noise of a row of weight 1, in loss.
+    sigma: standard deviation of the noise of a row of mean weight, in loss.
     dof: degrees of freedom that percentiles of the draws are expanded by.
     bootstrap: "noise" or "runs". draws: surfaces of the draws, each field (k,).
     warnings: what weakens the fit.

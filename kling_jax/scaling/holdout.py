@@ -69,14 +69,15 @@ class Holdout:
     }
 
 
-def check(table: RunTable, options: Options | None = None) -> Holdout | None:
+def check(table: RunTable, options: Options | None = None, fitted: Fit | None = None) -> Holdout | None:
   """Fits the smaller runs and judges the law by the larger ones.
 
-  The table's own split is used where it has one; else `largest` are left out. None where too few rows would be left.
+  The table's own split is used where it has one (`fitted` is then the fit of its other rows, where that exists
+  already); else `largest` are left out. None where too few rows would be left.
   """
   options = options or Options()
   if table.has_split:
-    return judge(fit(table, options), table.held_out, "split column")
+    return judge(fitted or fit(table, options), table.held_out, "split column")
   held = largest(table)
   try:
     smaller = fit(table.take(~held), options)

@@ -80,8 +80,11 @@ class Laws:
 
 
 def has_grids(table: RunTable) -> bool:
-  """Whether the table holds several learning rates or batches for some (N, T)."""
-  return table.lr is not None and table.batch_tokens is not None and len(groups(table)) < len(table)
+  """Whether the table holds several learning rates or batches for some (N, T); repeated seeds are none."""
+  if table.lr is None or table.batch_tokens is None:
+    return False
+  pairs = np.round(np.log(np.stack([table.lr, table.batch_tokens], axis=1)), 4)
+  return any(len(np.unique(pairs[rows], axis=0)) > 1 for rows in groups(table))
 
 
 def groups(table: RunTable) -> list[np.ndarray]:
@@ -185,8 +188,9 @@ def tuned(table: RunTable) -> RunTable:
   """One row for each (N, T): the loss at its best learning rate and batch.
 
   That is the minimum of the quadratic where there is one, and the lowest loss of its runs where there is none. Rows
-  are weighted alike: how well a cell is tuned, not the noise of one run, is what its loss leaves open. Rows that are
-  held out make cells of their own.
+  are weighted alike: how well a cell is tuned, not the noise of one run, is what its loss leaves open. A row belongs to
+  the run of its best loss, so that token counts read off one run are drawn together. Rows that are held out make cells
+  of their own.
   """
   found = [(cell, part, held) for held in (False, True) for part in [table.take(table.holdout == held)] if len(part)
            for cell in cells(part)]  # fmt: skip
@@ -202,7 +206,7 @@ def tuned(table: RunTable) -> RunTable:
     batch_tokens=column(cell.batch_tokens for cell, _, _ in found),
     flops=None if table.flops is None else column(part.flops[0] for part in parts if part.flops is not None),
     weight=np.ones(len(found)),
-    run=np.arange(len(found)),
+    run=column(part.run[cell.rows[part.loss[cell.rows].argmin()]] for cell, part, _ in found),
     holdout=column(held for _, _, held in found),
     measured=False,
   )
