@@ -52,8 +52,7 @@ def solve(
   if start is None:
     found = [minima(rows, np.exp(y[k]), w[k], delta) for k in range(shape[0])]
     return np.stack([theta[0] for theta, _ in found]), np.stack([value[0] for _, value in found])
-  chunk = projection.CHUNK
-  parts = [_continue(rows, y[k : k + chunk], w[k : k + chunk], delta, start) for k in range(0, shape[0], chunk)]
+  parts = [_continue(rows, y[part], w[part], delta, start) for part in projection.chunks(*shape)]
   return np.concatenate([theta for theta, _ in parts]), np.concatenate([value for _, value in parts])
 
 

@@ -17,7 +17,13 @@ from kling_jax.scaling.laws import Surface
 
 EXPONENTS = (0.01, 4.0)  # range of alpha and beta; an end is reported, never silently returned
 GRID = np.geomspace(0.03, 2.5, 20)
-CHUNK = 128  # problems at once, so that the (k, n, 5) work arrays stay in cache
+CHUNK = 128 * 1024  # numbers in a (k, n) work array, so that those of (k, n, 5) stay in cache
+
+
+def chunks(problems: int, rows: int) -> list[slice]:
+  """Which problems are solved at once."""
+  size = max(1, min(128, CHUNK // rows))
+  return [slice(k, k + size) for k in range(0, problems, size)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +77,7 @@ def solve(
   """
   shape = np.broadcast_shapes(loss.shape, weights.shape, (1, len(rows.x)))
   y, w = np.broadcast_to(loss, shape), np.broadcast_to(weights, shape)
-  parts = [_solve(rows, y[k : k + CHUNK], w[k : k + CHUNK], start) for k in range(0, shape[0], CHUNK)]
+  parts = [_solve(rows, y[part], w[part], start) for part in chunks(*shape)]
   return np.concatenate([theta for theta, _ in parts]), np.concatenate([value for _, value in parts])
 
 
@@ -115,7 +121,7 @@ def grid(rows: Rows, y: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np
   cvv = mean(v * v) - mv**2
   cuy, cvy = wy @ u.T - mu * my[:, None], wy @ v.T - mv * my[:, None]
   cyy = (wy * y).sum(axis=1) - my**2
-  cuv = mean((u[:, None] * v[None]).reshape(size * size, -1)) - (mu[:, :, None] * mv[:, None]).reshape(-1, size * size)
+  cuv = np.concatenate([mean(row * v) for row in u], axis=1) - (mu[:, :, None] * mv[:, None]).reshape(-1, size * size)
   over = lambda a: np.repeat(a, size, axis=1)  # alpha varies slowly
   under = lambda a: np.tile(a, (1, size))
   moments = (over(mu + u0), under(mv + v0), my[:, None] + y0, over(cuu), under(cvv), cuv, over(cuy), under(cvy),
