@@ -8,12 +8,12 @@ import re
 import cv2
 import numpy as np
 import pytest
+from test_scaling_lr_batch import BATCH, BOWL, ETA, optimum, sweep
 
 from kling_jax import cli, config
 from kling_jax.errors import ConfigError, DataError, UsageError
 from kling_jax.models.flop_rules import FlopRule
 from kling_jax.scaling import analysis, fit, plots, predict, published, ready, report, table
-from tests.test_scaling_lr_batch import BATCH, BOWL, ETA, optimum, sweep
 
 CELLS = tuple((n, t) for n in (5e7, 1e8, 2e8, 4e8) for t in (1e9, 4e9, 1.6e10, 6.4e10))
 QUICK = fit.Options(draws=60)

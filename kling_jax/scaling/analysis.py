@@ -234,6 +234,7 @@ def _doubts(fitted: Fit, other: Surface, checked: holdout.Holdout | None, target
     f"{name} {getattr(fitted.surface, name):.3g} against {getattr(other, name):.3g}"
     for name in ("alpha", "beta", "E")
     if not found[name][0] <= getattr(other, name) <= found[name][1]
+    and abs(getattr(other, name) - getattr(fitted.surface, name)) > 0.01 * getattr(other, name)
   ]
   if apart:
     said.append(f"least squares and Huber disagree beyond the intervals: {', '.join(apart)}; look at the residuals")

@@ -34,15 +34,16 @@ def warn(warnings: tuple[str, ...]) -> None:
 
 def print_json(value: Any) -> None:
   """Prints JSON on standard output; a figure that is not finite becomes null."""
-  json.dump(_plain(value), sys.stdout, indent=1, allow_nan=False)
+  json.dump(plain(value), sys.stdout, indent=1, allow_nan=False)
   print()
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+  """JSON-ready: figures that are not finite become None."""
   if isinstance(value, dict):
-    return {key: _plain(item) for key, item in value.items()}
+    return {key: plain(item) for key, item in value.items()}
   if isinstance(value, list | tuple):
-    return [_plain(item) for item in value]
+    return [plain(item) for item in value]
   return None if isinstance(value, float) and not abs(value) < float("inf") else value
 
 

@@ -119,7 +119,7 @@ def judge(fitted: Fit, rows: RunTable, source: str) -> Holdout:
   of_draws = fitted.draws(rows.params[:, None], rows.tokens[:, None]).mean(axis=0)
   law = float(np.subtract(*np.quantile(of_draws, [0.8413, 0.1587]))) / 2  # robust against draws that ran away
   noise, runs = _noise(fitted, rows)
-  z = float(difference.mean() / math.hypot(law, noise))
+  z = float(difference.mean()) / max(math.hypot(law, noise), 1e-300)
   share = max(float((error > 0).mean()), float((error < 0).mean()))
   low, high = fitted.loss_interval(rows.params, rows.tokens, of_run=True)
   # The threshold of 3 sigma holds for a known noise; where it was estimated from few runs, Student's t asks for more.

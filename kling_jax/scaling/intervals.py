@@ -37,7 +37,8 @@ def noise_draws(
   if np.isfinite(dof):
     size *= np.sqrt(dof / rng.chisquare(dof, size=(count, 1)))
   noise = size * rng.standard_normal((count, len(rows.x))) / np.sqrt(weights)
-  return refit(rows.predict(theta[None]) + noise, np.broadcast_to(weights, noise.shape))
+  fitted = rows.predict(theta[None])
+  return refit(np.maximum(fitted + noise, 0.01 * fitted), np.broadcast_to(weights, noise.shape))  # losses are positive
 
 
 def run_draws(

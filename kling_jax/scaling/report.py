@@ -9,6 +9,7 @@ import numpy as np
 from kling_jax import files, page
 from kling_jax.scaling import influence, plots
 from kling_jax.scaling.analysis import Analysis
+from kling_jax.scaling.command import plain
 from kling_jax.scaling.fit import PARAMETERS
 
 SHOWN = 25  # rows of a table
@@ -23,7 +24,7 @@ def write(found: Analysis, folder: str | os.PathLike[str], title: str = "Scaling
   folder = pathlib.Path(folder)
   made = plots.pictures(found)
   folder.mkdir(parents=True, exist_ok=True)
-  files.write_json(folder / "fit.json", found.to_json())
+  files.write_json(folder / "fit.json", plain(found.to_json()))
   for name, (_, data) in made.items():
     with files.whole(folder / f"{name}.png") as path:
       path.write_bytes(data)
