@@ -80,6 +80,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
   c.data.batch = 64  # clips a step, over all devices
   c.data.validation_fraction = 0.05  # of the videos, held out by a hash of their id
   c.data.cached_latents = False  # read SET/cache/latents instead of decoding
+  c.data.memory_gib = 0.0  # of decoded clips that stay in memory; for small sets that are seen many times
   c.data.threads = 4
   c.data.workers = 0  # processes beside the threads
 

@@ -47,7 +47,7 @@ def _read_bool(text: str) -> bool:
 def locate(path: str) -> pathlib.Path:
   """Finds a config file: as given, else among the packaged configs (`video_dit` or `configs/video_dit.py`)."""
   given = pathlib.Path(path)
-  packaged = _packaged_folder()
+  packaged = packaged_folder()
   for candidate in (given, packaged / given.with_suffix(".py").name, packaged.parent / given):
     if candidate.is_file():
       return candidate
@@ -55,7 +55,8 @@ def locate(path: str) -> pathlib.Path:
   raise ConfigError(f"no config file at {path}{nearest(given.stem, known)}")
 
 
-def _packaged_folder() -> pathlib.Path:
+def packaged_folder() -> pathlib.Path:
+  """Where the packaged configs lie: `configs/` of a checkout, `kling_jax/configs/` of a wheel."""
   spec = importlib.util.find_spec("kling_jax.configs")
   if spec is None or not spec.submodule_search_locations:
     return ROOT.parent / "configs"

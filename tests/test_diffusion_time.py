@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -98,3 +99,23 @@ def test_shift_keeps_the_ends_exactly_and_the_order(shift):
 def test_wrong_settings_are_named(options, message):
   with pytest.raises(ConfigError, match=message):
     time_lib.sample(keys_B[:2], **options)
+
+
+def test_rows_of_a_table_have_the_quantiles_of_training_evenly_spread():
+  """Golden-ratio places: any run of n rows puts at most three into one of n equal bins."""
+  places = np.asarray(time_lib.place(jnp.arange(5000, dtype=jnp.uint32)), np.float64)
+  exact = (np.arange(5000) * (0x9E3779B9 / 2**32) + 0.5) % 1
+  np.testing.assert_allclose(places, exact, atol=2.0**-23)
+  for start, rows in ((0, 64), (37, 100), (1234, 1000)):
+    assert np.histogram(places[start : start + rows], rows, (0, 1))[0].max() <= 3
+  index = jnp.arange(2048, dtype=jnp.uint32)
+  for name, quantile in (
+    ("uniform", lambda u: u),
+    ("logit_normal", lambda u: scipy.special.expit(scipy.stats.norm.ppf(u))),
+  ):
+    spread = np.asarray(time_lib.stratified(index, name, shift=3.0), np.float64)
+    expected = quantile(np.asarray(time_lib.place(index), np.float64))
+    np.testing.assert_allclose(spread, 3 * expected / (1 + 2 * expected), rtol=2e-5)
+    assert np.abs(spread.mean() - np.asarray(time_lib.sample(keys_B, name, shift=3.0)).mean()) < 0.02
+  with pytest.raises(ConfigError, match="unknown time sampling"):
+    time_lib.stratified(index, "normal")

@@ -220,10 +220,31 @@ def test_meshes_that_cannot_be_are_refused(sizes: dict[str, int], message: str) 
 def test_mesh_that_does_not_divide_a_parameter_names_the_legal_sizes() -> None:
   mesh = sharding.make_mesh({"replica": 1, "fsdp": 8, "context": 1, "tensor": 1})
   shapes = {"kernel": jax.ShapeDtypeStruct((12, 3), jnp.float32)}
-  with pytest.raises(MeshError, match=r"fsdp=8 does not divide kernel .* legal sizes here: 1, 2, 3, 4, 6"):
+  with pytest.raises(MeshError, match=r"fsdp=8 does not divide kernel .* legal sizes of fsdp: 1, 2, 3, 4, 6$"):
     sharding.parameter_shardings(mesh, shapes, {"kernel": ("embed", None)})
 
 
 def test_unknown_schedule() -> None:
   with pytest.raises(ConfigError, match="did you mean 'cosine'"):
     optimizer.schedule(config(optimizer__schedule="cosin").optimizer, 10)
+
+
+def test_runs_that_differ_in_learning_rate_share_one_program() -> None:
+  programs = []
+  for lr in (1e-3, 3e-2):
+    update, state = start(config(optimizer__lr=lr))
+    rows = sharding.put_batch(update.mesh, batch())
+    programs.append(update.program.lower(state, rows, update.lr).as_text())
+    assert float(update.step(state, rows)[1]["lr"]) == pytest.approx(lr)
+  assert programs[0] == programs[1]
+
+
+def test_the_fixed_table_is_the_same_under_every_seed() -> None:
+  found = []
+  for seed in (0, 5):
+    update, _ = start(config(seed=seed))
+    weights = {"kernel": jnp.ones((WIDTH, WIDTH)), "bias": jnp.zeros(WIDTH)}
+    found.append(np.asarray(update.evaluate(weights, sharding.put_batch(update.mesh, batch()))))
+    table_id = update.task.table_id([batch()])
+  np.testing.assert_array_equal(*found)
+  assert table_id == start(config(seed=0))[0].task.table_id([batch()])

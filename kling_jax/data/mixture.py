@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
+from kling_jax.data.memory import remembered
 from kling_jax.data.open import open_source
 from kling_jax.data.source import ClipInfo, ClipSource
 from kling_jax.errors import ConfigError
@@ -45,15 +46,17 @@ class Mixture:
       )
 
   @staticmethod
-  def open(specs: Sequence[str], weights: Sequence[float] = ()) -> "Mixture":
-    """Opens sources by name (see `data.open.open_source`).
+  def open(specs: Sequence[str], weights: Sequence[float] = (), memory_gib: float = 0.0) -> "Mixture":
+    """Opens sources by name (see `data.open.open_source`), behind a memory of decoded frames where one is asked for.
 
     Raises:
       ConfigError: no sources, or weights that do not match.
       UsageError: an unknown kind of source.
       DataError: a source that cannot be read.
     """
-    return Mixture(tuple(map(open_source, specs)), tuple(weights), tuple(map(home, specs)))
+    share = int(memory_gib * 2**30) // max(len(specs), 1)
+    opened = (remembered(spec, share) if share else open_source(spec) for spec in specs)
+    return Mixture(tuple(opened), tuple(weights), tuple(map(home, specs)))
 
   @functools.cached_property
   def starts(self) -> np.ndarray:

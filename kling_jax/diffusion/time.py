@@ -1,10 +1,13 @@
 """Times of training samples: one independent draw per typed key, whatever the batch split, accumulation or mesh.
 
-Time runs from 0 (data) to 1 (noise). There is no stratified draw: it would tie the times of a batch together.
+Time runs from 0 (data) to 1 (noise). Training has no stratified draw: it would tie the times of a batch together. The
+fixed rows of a validation table have one (`stratified`): nothing is drawn there, and the loss depends on time more than
+on anything else.
 """
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from kling_jax.errors import ConfigError, nearest
 
@@ -42,6 +45,25 @@ def sample(
   else:
     time = jax.nn.sigmoid(mean + std * jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys_B))
   return shift_time(time, shift)
+
+
+def place(index_B: ArrayLike) -> jax.Array:
+  """A point of (0, 1) for each row number, float32 (B,): frac(row * golden ratio + 1/2), a Weyl sequence.
+
+  Any run of consecutive rows is spread evenly, so that the mean of a function over n rows misses its integral by
+  O(log n / n) and not by O(1 / sqrt(n)). In 32-bit integers, hence the same on every device.
+  """
+  golden = jnp.asarray(index_B, jnp.uint32) * jnp.uint32(0x9E3779B9) + jnp.uint32(0x80000000)
+  return (golden >> 8).astype(jnp.float32) * 2.0**-24 + 2.0**-25
+
+
+def stratified(index_B: ArrayLike, name: str, *, shift: float = 1.0, mean: float = 0.0, std: float = 1.0) -> jax.Array:
+  """The time of each row of a fixed table, float32 (B,): the quantiles of `sample`'s distribution at `place`."""
+  if name not in _NAMES:
+    raise ConfigError(f"unknown time sampling {name!r}{nearest(name, _NAMES)}")
+  u_B = place(index_B)
+  time_B = u_B if name == "uniform" else jax.nn.sigmoid(mean + std * jax.scipy.special.ndtri(u_B))
+  return shift_time(time_B, shift)
 
 
 def shift_time(time: jax.Array | float, shift: float) -> jax.Array:

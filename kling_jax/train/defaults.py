@@ -3,6 +3,10 @@
 import ml_collections
 from ml_collections.config_dict import placeholder
 
+# Raise it when the same config learns something else than before (another initialisation, sampling or update): runs of
+# sweeps are then done again instead of being mixed with old ones. A test compares a short run with pinned losses.
+RECIPE = 1
+
 
 def trainer() -> ml_collections.ConfigDict:
   """Returns the keys that `train.loop.run` reads, with values for a small run; a task's config adds its own."""

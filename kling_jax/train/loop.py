@@ -30,6 +30,10 @@ class Summary:
   metrics: dict[str, float]
 
 
+class DivergenceError(DataError):
+  """A run that no longer learns: its loss or gradients are not finite, or jump, step after step."""
+
+
 @dataclasses.dataclass
 class Counters:
   """What the host counts; saved with the state, so that a resumed run goes on counting."""
@@ -44,7 +48,8 @@ def run(config: ml_collections.ConfigDict, folder: str | pathlib.Path) -> Summar
 
   Raises:
     ConfigError, DataError, MeshError, WeightsError: before anything is trained, where config, data, mesh or weights
-      do not fit; DataError later, where updates had to be skipped too many times in a row.
+      do not fit.
+    DivergenceError: later, where updates had to be skipped too many times in a row.
   """
   # ---- Task and mesh: everything that can be refused is refused before an array is made --------------------------
   job = task.make(config)
@@ -104,7 +109,7 @@ def run(config: ml_collections.ConfigDict, folder: str | pathlib.Path) -> Summar
         leave = preemption.requested(step) or step == config.steps
         row: dict[str, Any] = {}
         if table is not None and table.rows and (leave or step % config.validation.every == 0):
-          row |= table.evaluate(update, state)
+          row |= table.evaluate(update, state, step, folder)
           table.sample(update, state, step, folder)
         bar.advance(1, note=log.note)
         log.push(step, metrics, row, write=step % config.log.every == 0 or bool(row) or leave)
@@ -153,7 +158,7 @@ class _Log:
     self._counters.seconds += now - self._clock
     self._clock = now
     if values.pop("streak") >= self._max_skipped:
-      raise DataError(
+      raise DivergenceError(
         f"step {step}: the last {self._max_skipped} updates were skipped (loss {values['loss']:.4g}, gradient norm "
         f"{values['grad_norm']:.4g}); lower optimizer.lr or look at the data, then resume from the last checkpoint"
       )

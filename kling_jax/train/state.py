@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -25,6 +26,9 @@ class Update:
 
   The state is a plain dict: `params` (all of them), `ema` (the trained ones), `opt`, `step` (updates tried, which is
   also the data position), `key`, `guard`. Gradients and optimiser state exist for trained parameters only.
+
+  The learning rate is an argument of the compiled step and not a constant in it: runs that differ in it share one
+  program, which matters in sweeps, where compiling costs more than training.
   """
 
   def __init__(self, task: Task, mesh: Mesh):
@@ -33,17 +37,23 @@ class Update:
     self.trained = [path for path in task.shapes if task.trainable(path)]
     if not self.trained:
       raise ConfigError(f"task {config.task!r} trains no parameter under this config")
-    self.rate = optimizer.schedule(config.optimizer, config.steps)
-    self.tx = optimizer.make(config.optimizer, config.steps, task.lr_scale)
     self.parameter_shardings = sharding.parameter_shardings(mesh, task.shapes, task.axes)
     self.abstract = jax.eval_shape(lambda: self._fresh(_zeros(task.shapes)))
     self.shardings = sharding.like_parameters(mesh, self.abstract, self.parameter_shardings)
     rows = sharding.batch_sharding(mesh)
     everywhere = NamedSharding(mesh, P())
-    self.step = jax.jit(
-      self._step, donate_argnums=0, in_shardings=(self.shardings, rows), out_shardings=(self.shardings, everywhere)
+    self.lr = jax.device_put(np.float32(config.optimizer.lr), everywhere)
+    self.program = jax.jit(
+      self._step,
+      donate_argnums=0,
+      in_shardings=(self.shardings, rows, everywhere),
+      out_shardings=(self.shardings, everywhere),
     )
     self.evaluate = jax.jit(self._evaluate, in_shardings=(self.parameter_shardings, rows), out_shardings=everywhere)
+
+  def step(self, state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
+    """One update; consumes `state`."""
+    return self.program(state, batch, self.lr)
 
   def fresh(self, params: Params) -> State:
     """The state before the first update, around (and consuming) `params`."""
@@ -60,13 +70,16 @@ class Update:
     return {
       "params": params,
       "ema": jax.tree.map(jnp.copy, trained),
-      "opt": self.tx.init(trained),
+      "opt": self._tx(self.config.optimizer.lr).init(trained),
       "step": count,
       "key": jax.random.key(self.config.seed),
       "guard": {"mean": zero, "variance": zero, "updates": count, "skipped": count, "streak": count},
     }
 
-  def _step(self, state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
+  def _tx(self, lr: jax.Array | float) -> optax.GradientTransformation:
+    return optimizer.make(self.config.optimizer, self.config.steps, self.task.lr_scale, lr)
+
+  def _step(self, state: State, batch: Batch, lr: jax.Array) -> tuple[State, dict[str, jax.Array]]:
     with sharding.activations(self.mesh):
       keys_B = rng.sample_keys(state["key"], state["step"], batch["index"])
       trained = {path: state["params"][path] for path in self.trained}
@@ -80,12 +93,13 @@ class Update:
     gradient = jax.tree.map(lambda g: g * scale, gradient)
     accept, guard = watch(state["guard"], loss, norm, self.config.guard)
 
-    updates, opt = self.tx.update(gradient, state["opt"], trained)
+    updates, opt = self._tx(lr).update(gradient, state["opt"], trained)
     new = optax.apply_updates(trained, updates)
     decay = ema_decay(self.config.ema.decay, state["guard"]["updates"])
     ema = jax.tree.map(lambda average, value: average + (1 - decay) * (value - average), state["ema"], new)
     keep = lambda fresh, old: jax.tree.map(lambda a, b: jnp.where(accept, a, b), fresh, old)
-    metrics = {**metrics, "loss": loss, "grad_norm": norm, "lr": self.rate(state["guard"]["updates"])}
+    rate = optimizer.schedule(self.config.optimizer, self.config.steps, lr)
+    metrics = {**metrics, "loss": loss, "grad_norm": norm, "lr": rate(state["guard"]["updates"])}
     metrics |= {"skipped": guard["skipped"], "streak": guard["streak"]}
     return {
       "params": {**frozen, **keep(new, trained)},
@@ -97,9 +111,9 @@ class Update:
     }, metrics
 
   def _evaluate(self, params: Params, batch: Batch) -> jax.Array:
-    """Loss of each row (B,) at the time and noise that the row number fixes."""
+    """Loss of each row (B,) at the time and noise that the row number fixes, whatever the run's seed."""
     with sharding.activations(self.mesh):
-      keys_B = rng.sample_keys(jax.random.key(self.config.seed), 0, batch["index"])
+      keys_B = rng.sample_keys(jax.random.key(0), 0, batch["index"])
       return self.task.losses(params, batch, keys_B, train=False)[0]
 
 

@@ -1,17 +1,26 @@
-"""The validation loss: EMA weights on a fixed table of (sample, time, noise), with its standard error."""
+"""The validation loss: EMA weights on a fixed table of (sample, time, noise), with its standard error.
 
-import math
+Rows are the same in every run with the same data, whatever its seed, so that two runs are compared row by row (common
+random numbers; `scaling/paired.py`): `validation/rows.npz` says what the rows are, `validation/<step>.npy` holds their
+losses.
+"""
+
+import hashlib
 import pathlib
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
+from kling_jax import files
 from kling_jax.data import encode, grid
+from kling_jax.diffusion import table
+from kling_jax.diffusion import time as time_lib
 from kling_jax.errors import ConfigError
 from kling_jax.train import sharding
 from kling_jax.train.state import State, Update
-from kling_jax.train.task import Task
+from kling_jax.train.task import Batch, Task
 
 
 class Table:
@@ -26,13 +35,31 @@ class Table:
     self.rows = job.validation_rows(jax.process_index(), jax.process_count(), multiple_of)
     self.table_id = job.table_id(self.rows)
 
-  def evaluate(self, update: Update, state: State) -> dict[str, Any]:
-    """Mean loss of the table, its standard error over rows, and the table's id."""
+    self._layout: dict[str, np.ndarray] | None = None
+
+  def evaluate(self, update: Update, state: State, step: int, folder: pathlib.Path) -> dict[str, Any]:
+    """Mean loss of the table, its standard error, and the table's id; writes the rows' losses below `folder`."""
     params = update.averaged(state)
     parts = [update.evaluate(params, sharding.put_batch(update.mesh, batch)) for batch in self.rows]
-    loss = np.concatenate([np.asarray(part) for part in parts])
-    stderr = float(loss.std(ddof=1) / math.sqrt(loss.size)) if loss.size > 1 else math.nan
-    return {"val_loss": float(loss.mean()), "val_stderr": stderr, "table_id": self.table_id}
+    loss_R = np.concatenate([np.asarray(part) for part in parts])
+    layout = self.layout()
+    if jax.process_index() == 0:
+      if not (folder / "validation" / "rows.npz").exists():
+        with files.whole(folder / "validation" / "rows.npz") as path:
+          np.savez(path, place=layout["place"], sample=layout["sample"])
+      with files.whole(folder / "validation" / f"{step:08d}.npy") as path:
+        np.save(path, loss_R)
+    mean, stderr = table.mean(loss_R, layout["place"], layout["sample"])
+    return {"val_loss": mean, "val_stderr": stderr, "table_id": self.table_id}
+
+  def layout(self) -> dict[str, np.ndarray]:
+    """What the rows are: `place` of their times in (0, 1), and `sample`, a hash that rows of one clip share."""
+    if self._layout is None:
+      gather = lambda values: np.asarray(multihost_utils.process_allgather(values, tiled=True))
+      index_R = np.concatenate([gather(batch["index"]) for batch in self.rows])
+      sample_R = np.concatenate([gather(_samples(batch)) for batch in self.rows])
+      self._layout = {"place": np.asarray(time_lib.place(index_R)), "sample": sample_R}
+    return self._layout
 
   def sample(self, update: Update, state: State, step: int, folder: pathlib.Path) -> None:
     """Writes `samples/<step>.mp4` and `.png` under the conditions of the first rows, where the config asks for it."""
@@ -45,3 +72,12 @@ class Table:
       path = folder / "samples" / f"{step:08d}.mp4"
       encode.write(path, grid.grid(frames), fps=self.job.config.data.fps)
       grid.write_png(path.with_suffix(".png"), grid.contact_sheet(frames))
+
+
+def _samples(batch: Batch) -> np.ndarray:
+  """A hash of each row's clip, uint32 (B,): of all that the batch says of it except the row's number."""
+  columns = [np.ascontiguousarray(batch[name]) for name in sorted(batch) if name != "index"]
+  hashes = [
+    hashlib.blake2b(b"".join(cell.tobytes() for cell in row), digest_size=4) for row in zip(*columns, strict=True)
+  ]
+  return np.array([int.from_bytes(digest.digest(), "little") for digest in hashes], np.uint32)

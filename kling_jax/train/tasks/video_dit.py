@@ -102,7 +102,7 @@ class VideoDiTTask(Task):
 
   @functools.cached_property
   def sources(self) -> mixture.Mixture:
-    return mixture.Mixture.open(self.config.data.sources, self.config.data.weights)
+    return mixture.Mixture.open(self.config.data.sources, self.config.data.weights, self.config.data.memory_gib)
 
   @functools.cached_property
   def percentiles(self) -> conditions_lib.Percentiles:
@@ -155,7 +155,10 @@ class VideoDiTTask(Task):
     model: TextToVideo = params_lib.merge(self.graph, params)
     x0_BTHWC = self.encode(model, batch)
     conditions = self._conditions(model, batch)
-    time_B = time_lib.sample(rng.stream(keys_B, "time"), c.diffusion.time, shift=c.diffusion.shift)
+    if train:
+      time_B = time_lib.sample(rng.stream(keys_B, "time"), c.diffusion.time, shift=c.diffusion.shift)
+    else:
+      time_B = time_lib.stratified(batch["index"], c.diffusion.time, shift=c.diffusion.shift)
     noise_BTHWC = rng.normal(rng.stream(keys_B, "noise"), x0_BTHWC.shape[1:])
     counted_BT = None
     if train:
