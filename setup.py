@@ -57,7 +57,11 @@ EXTRAS["test"] = (
 )
 
 # configs/ and launch/ stand at the top of the repository; the wheel carries them as kling_jax.configs and .launch.
-PACKAGE_DIR = {"kling_jax.configs": "configs", "kling_jax.launch": "launch"}
+PACKAGE_DIR = {
+  "kling_jax.configs": "configs",
+  "kling_jax.configs.sweeps": "configs/sweeps",
+  "kling_jax.launch": "launch",
+}
 
 setuptools.setup(
   name="kling_jax",

@@ -17,6 +17,7 @@ import datetime
 import errno
 import fcntl
 import json
+import math
 import os
 import pathlib
 import secrets
@@ -37,6 +38,8 @@ class LeaseLost(DataError):
 
 class NoRoom(DataError):
   """The disk is full; what was recorded before is intact."""
+
+  exit_code = 74  # EX_IOERR of sysexits.h: the runner tells it from a worker that broke
 
 
 @dataclasses.dataclass
@@ -121,7 +124,7 @@ class Ledger:
       state = found.setdefault(row["run"], RunState())
       if row["event"] == "start":
         if row["run"] in open_start:  # the worker before was killed
-          state.kills = state.kills + 1 if row["step"] <= open_start[row["run"]]["step"] else 1
+          state.kills = state.kills + 1 if row["step"] <= open_start[row["run"]]["step"] else 0
         open_start[row["run"]] = row
         state.starts += 1
         continue
@@ -189,8 +192,10 @@ class Ledger:
       self._check_lease(run)
       try:
         self._append({"event": event, "run": run, "runner": self.runner, **record})
-      finally:
+      except NoRoom:
         self._lease_path(run).unlink()
+        raise
+      self._lease_path(run).unlink()
 
   def release(self, run: str) -> None:
     """Frees the lease without a word, where the disk has no room for one."""
@@ -210,7 +215,7 @@ class Ledger:
   def _append(self, row: Mapping[str, Any]) -> None:
     """Writes one line whole or not at all; the caller holds the lock."""
     stamp = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    line = json.dumps({**row, "time": stamp}, allow_nan=False).encode() + b"\n"
+    line = json.dumps(_finite({**row, "time": stamp}), allow_nan=False).encode() + b"\n"
     handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
       size = _mend(handle)
@@ -265,6 +270,15 @@ class Ledger:
     """The newest checkpoint of a run, 0 where it has none."""
     folder = self.workdir(run) / "checkpoints"
     return max((int(path.name) for path in folder.glob("*") if path.name.isdecimal()), default=0)
+
+
+def _finite(value: Any) -> Any:
+  """JSON knows no NaN: what is not finite becomes null."""
+  if isinstance(value, Mapping):
+    return {key: _finite(item) for key, item in value.items()}
+  if isinstance(value, list | tuple):
+    return [_finite(item) for item in value]
+  return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _mend(handle: int) -> int:

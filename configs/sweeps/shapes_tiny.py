@@ -1,0 +1,85 @@
+"""The study of arXiv 2411.17470, shrunk about 1e6-fold: six sizes of 4e3 to 9e5 parameters on `shapes-v1`, 2 cores.
+
+Stage 1: learning rate x batch grids at the four smaller sizes, each run read at three T. Stage 2, when those have
+finished: laws of learning rate, batch and loss are fitted to them, and the two larger sizes, held out of every fit, are
+trained where the laws say. Beside the tuned arm stand those that the paper argues against, with the constants that the
+same stage-1 runs give them:
+
+  kaplan      small batch with more steps: the smallest batch of the grid, at its best learning rate for the size
+  chinchilla  one learning rate and batch for every run: the ones that are best on average over stage 1
+  deepseek    learning rate and batch as power laws of C alone
+
+Expected: docs/results.md. Hardware: 2 cores, no accelerator, about 20 minutes on a quiet machine.
+
+  kling sweep run shapes_tiny --workdir runs/shapes_tiny
+  kling sweep status shapes_tiny --workdir runs/shapes_tiny --points points.csv
+  kling sweep fit --table points.csv --out law
+"""
+
+import ml_collections
+
+from kling_jax import config
+from kling_jax.scaling import arms, design
+
+GRID = ("d16", "d32", "d48", "d64")
+HORIZONS = (98_304, 196_608, 393_216)  # tokens; 2,048 to 8,192 clips
+BATCHES = (8, 16, 32)  # clips of 48 tokens
+RATES = {
+  "d16": (4e-3, 8e-3, 1.6e-2, 3.2e-2),
+  "d32": (2e-3, 4e-3, 8e-3, 1.6e-2),
+  "d48": (2e-3, 4e-3, 8e-3, 1.6e-2),
+  "d64": (1.5e-3, 3e-3, 6e-3, 1.2e-2),
+}
+HOLDOUTS = (("d80", 786_432, 2), ("d96", 393_216, 1))  # size, T, parts of T at which it is read
+MEMORY = 24_576  # tokens that the averaged weights remember
+
+
+def get_config() -> ml_collections.ConfigDict:
+  c = config.load("video_dit:runlocal")
+  c.model.conditions = ()  # scores would add parameters that the law does not count
+  c.codec.channels = 4  # 16 numbers a patch: no wider than the narrowest model
+  c.text.width, c.text.depth, c.text.tokens = 16, 1, 32
+  c.history.probability = c.drop.text = 0.0
+  c.data.sources = ("worlds:shapes-v1?count=9216&seed=0",)
+  c.data.buckets = ((9, 32, 32),)
+  c.data.fps = 3.6  # a clip's whole 2.5 s, so that it is always shown from its start and stays in memory
+  c.data.memory_gib = 1.0
+  c.data.threads = 1
+  c.data.validation_fraction = 1 / 9
+  c.optimizer.warmup = 20
+  c.validation.rows = 1024
+  c.checkpoint.every = 0  # runs of seconds: one that is killed starts again
+  c.log.every = 1000
+  return c
+
+
+def sweep(points):
+  base = get_config()
+  grid = [
+    run
+    for size in GRID
+    for run in design.grid(
+      base, size, horizons=HORIZONS, batches=BATCHES, rates=RATES[size], memory=MEMORY / HORIZONS[0]
+    )
+  ]
+  # One more seed at the middle of every grid: the noise of a run.
+  repeats = [
+    run
+    for size in GRID
+    for run in design.grid(
+      base,
+      size,
+      horizons=HORIZONS,
+      batches=(BATCHES[1],),
+      rates=(RATES[size][1],),
+      memory=MEMORY / HORIZONS[0],
+      seeds=(1,),
+      arm="repeat",
+    )
+  ]
+  yield from grid + repeats
+  if len({point["run"] for point in points if point["split"] == "fit"}) < len(grid + repeats):
+    return
+  for size, tokens, reads in HOLDOUTS:
+    for arm in arms.fitted(points, memory=MEMORY * reads / tokens):
+      yield design.tuned(base, size, tokens, arm.hyper, reads=reads, arm=arm.name, split="holdout")
