@@ -62,8 +62,11 @@ def _traced_for(road):
   return lowering.interpreted() if road == "splash" else contextlib.nullcontext()
 
 
-@pytest.mark.parametrize("road", ROADS)
-@pytest.mark.parametrize("name", MASKS)
+FEW = [(name, road) for name in MASKS for road in ("reference", "blockwise")] + [("none", "splash"), ("all", "splash")]
+MANY = [pytest.param(name, "splash", marks=pytest.mark.drill) for name in MASKS if name not in ("none", "all")]
+
+
+@pytest.mark.parametrize("name, road", FEW + MANY)
 def test_each_road_and_mask_is_the_definition(name, road):
   mask, n, length = MASKS[name]
   q, k, v, _ = _draw(2, n, length, 4, 2, 8)
@@ -94,7 +97,7 @@ def _gradients(road, mask, arrays, splash_blocks=None):
     return jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(q, k, v)
 
 
-@pytest.mark.parametrize("name", ODD)
+@pytest.mark.parametrize("name", ["none", "all", pytest.param("padded text", marks=pytest.mark.drill)])
 def test_blockwise_agrees_in_gradients_across_several_blocks_of_odd_length(name, monkeypatch):
   monkeypatch.setattr(blockwise, "BLOCK", 32)
   mask, n, length = ODD[name]
@@ -124,7 +127,9 @@ LONG = {
 }
 
 
-@pytest.mark.parametrize("name", LONG)
+@pytest.mark.parametrize(
+  "name", ["padded text", "packed blocks", *(pytest.param(name, marks=pytest.mark.drill) for name in ("full", "cache"))]
+)
 def test_splash_agrees_in_gradients_across_several_blocks_and_grouped_heads(name):
   mask, n, length = LONG[name]
   arrays = _draw(2, n, length, 4, 2, 16)

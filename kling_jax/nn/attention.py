@@ -22,7 +22,13 @@ EVERYTHING = Mask()
 
 
 def attention(
-  q_BNKE: jax.Array, k_BLKE: jax.Array, v_BLKE: jax.Array, *, mask: Mask = EVERYTHING, road: str = "auto"
+  q_BNKE: jax.Array,
+  k_BLKE: jax.Array,
+  v_BLKE: jax.Array,
+  *,
+  mask: Mask = EVERYTHING,
+  road: str = "auto",
+  tokens: partition.Tokens = (None, None),
 ) -> jax.Array:
   """softmax(q k^T / sqrt(E)) v over the keys that `mask` shows, in float32 inside and the dtype of q outside.
 
@@ -32,6 +38,7 @@ def attention(
     road: "reference" (all scores at once), "blockwise" (a few rows of scores at a time, in the products that XLA's
       CPU runs fastest), "splash" (TPU), "cudnn" (GPU), or "auto": the reference for small problems, and for large
       ones the road of the platform that is traced for, blockwise where that road cannot do what is asked.
+    tokens: logical names of the tokens that ask and of those that are asked: a trainer may cut them over devices.
 
   Returns:
     (B, N, K, E). Rows of queries without a visible key are zero. Under a trainer's `partition.placing` the work is
@@ -47,7 +54,7 @@ def attention(
     raise ConfigError(f"{heads} query heads do not divide into {groups} key heads; choose a divisor of {heads}")
   place = partition.attend()
   if place is not None:
-    return place(q_BNKE, k_BLKE, v_BLKE, mask, road)
+    return place(q_BNKE, k_BLKE, v_BLKE, mask, road, tokens)
   return on_one_device(q_BNKE, k_BLKE, v_BLKE, mask, road)
 
 

@@ -71,20 +71,25 @@ def _causal_blocks(mask: Mask, queries: int, keys: int) -> list[tuple[int, int, 
 
 
 def _call(q_BNKE, k_BLKE, v_BLKE, real_BL, causal: bool = False) -> jax.Array:
+  queries, keys = q_BNKE.shape[1], k_BLKE.shape[1]
   number_B = None
   if real_BL is not None:
     order_BL = jnp.argsort(~real_BL, axis=1, stable=True)[..., None, None]
     k_BLKE, v_BLKE = (jnp.take_along_axis(x, order_BL, axis=1) for x in (k_BLKE, v_BLKE))
     number_B = jnp.sum(real_BL, axis=1, dtype=jnp.int32)
+  elif keys % 2 and not causal:
+    number_B = jnp.full((k_BLKE.shape[0],), keys, jnp.int32)
+  # JAX refuses odd lengths under differentiation. A causal mask hides the added key from all but the added query.
+  even = lambda x: jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)))
   try:
     o_BNKE = jax.nn.dot_product_attention(
-      q_BNKE,
-      k_BLKE,
-      v_BLKE,
+      even(q_BNKE),
+      even(k_BLKE),
+      even(v_BLKE),
       is_causal=causal,
       key_value_seq_lengths=None if number_B is None else jnp.maximum(number_B, 1),
       implementation="cudnn",
-    )
+    )[:, :queries]
   except (NotImplementedError, RuntimeError) as error:  # the cuDNN or the GPU that is there cannot
     raise ConfigError(f"attention road 'cudnn': {error}; name another road") from error
   return o_BNKE if number_B is None else jnp.where(number_B[:, None, None, None] > 0, o_BNKE, 0)

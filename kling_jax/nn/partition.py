@@ -13,7 +13,8 @@ import jax
 from kling_jax.nn.mask import Mask
 
 Constrain = Callable[[jax.Array, tuple[str | None, ...]], jax.Array]
-Attend = Callable[[jax.Array, jax.Array, jax.Array, Mask, str], jax.Array]  # q, k, v, mask, road
+Tokens = tuple[str | None, str | None]  # names of the tokens that ask and of those that are asked
+Attend = Callable[[jax.Array, jax.Array, jax.Array, Mask, str, Tokens], jax.Array]  # q, k, v, mask, road, tokens
 _constrain: contextvars.ContextVar[Constrain | None] = contextvars.ContextVar("constrain", default=None)
 _parts: contextvars.ContextVar[Mapping[str, int]] = contextvars.ContextVar("parts", default={})  # noqa: B039
 _attend: contextvars.ContextVar[Attend | None] = contextvars.ContextVar("attend", default=None)
@@ -39,12 +40,13 @@ def parts(axis: str) -> int:
 def placing(
   place: Constrain,
   attend: Attend | None = None,
-  parts: Mapping[str, int] = {},  # noqa: B006
+  parts: Mapping[str, int] = {},
 ) -> Iterator[None]:
   """While tracing inside, `constrain(x, axes)` is `place(x, axes)`, and `attention` goes through `attend`.
 
-  `parts` tells how many parts each named axis is cut into. `place` is usually `jax.lax.with_sharding_constraint`; `attend` a `jax.shard_map` around the kernels, which XLA's
-  partitioner cannot see into (it would gather their operands on every device).
+  `place` is usually `jax.lax.with_sharding_constraint`; `attend` a `jax.shard_map` around the kernels, which XLA's
+  partitioner cannot see into (it would gather their operands on every device); `parts` tells how many parts each
+  named axis is cut into.
   """
   tokens = _constrain.set(place), _attend.set(attend), _parts.set(parts)
   try:
