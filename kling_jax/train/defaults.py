@@ -43,6 +43,11 @@ def trainer() -> ml_collections.ConfigDict:
   c.mesh.context = 1
   c.mesh.tensor = 1
 
+  c.attention = ml_collections.ConfigDict()
+  c.attention.road = "auto"  # auto, reference, blockwise, splash (TPU), cudnn (GPU)
+  c.attention.context = "auto"  # auto, ring, ulysses: how tokens cut over mesh.context attend to one another
+  c.attention.splash_blocks = ()  # six largest blocks of the TPU kernel (nn/splash.py); () = by generation
+
   c.checkpoint = ml_collections.ConfigDict()
   c.checkpoint.every = 500  # steps
   c.checkpoint.keep = 3  # newest ones

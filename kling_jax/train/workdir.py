@@ -11,7 +11,16 @@ from kling_jax import files
 from kling_jax.errors import ConfigError, UsageError
 
 # Keys that do not change what is learned, so a run may be resumed under other values.
-FREE = ("mesh.*", "log.*", "checkpoint.*", "validation.every", "validation.samples", "data.threads", "data.workers")
+FREE = (
+  "mesh.*",
+  "attention.*",
+  "log.*",
+  "checkpoint.*",
+  "validation.every",
+  "validation.samples",
+  "data.threads",
+  "data.workers",
+)
 
 
 def claim(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
