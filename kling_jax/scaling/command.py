@@ -206,6 +206,7 @@ def _paid(args: argparse.Namespace) -> float:
 
 
 ACTIONS: dict[str, Action] = {
+  "design": (sweep_command.add_design, sweep_command.design, "Which runs to do, and what they cost."),
   "run": (sweep_command.add_run, sweep_command.run, "Run a sweep to its end: start workers, watch them, show them."),
   "work": (sweep_command.add_work, sweep_command.work, "One worker of a sweep; what executors start."),
   "status": (sweep_command.add_status, sweep_command.status, "Where a sweep stands: every run and its loss."),
