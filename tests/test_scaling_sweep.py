@@ -121,7 +121,7 @@ def test_cost_is_what_the_parameters_are(base) -> None:
 
 
 def test_grids_meet_at_the_same_tokens_and_remember_the_same(base) -> None:
-  runs = design.grid(base, "d16", horizons=(1000, 4100), batches=(4, 8, 16), rates=(1e-3, 2e-3), seeds=(0, 1))
+  runs = design.grid(base, "d16", horizons=(1000, 4000), batches=(4, 8, 16), rates=(1e-3, 2e-3), seeds=(0, 1))
   assert len(runs) == 3 * 2 * 2
   tokens = {run["data.batch"] * 8 * run["steps"] for run in runs}
   reads = {run["data.batch"] * 8 * run["validation.every"] for run in runs}
@@ -131,6 +131,15 @@ def test_grids_meet_at_the_same_tokens_and_remember_the_same(base) -> None:
   assert max(memory) <= 2 * 16 * 8 + 1, "never less than two steps"
   with pytest.raises(ConfigError, match="divide the largest"):
     design.grid(base, "d16", horizons=(1000,), batches=(4, 6), rates=(1e-3,))
+  with pytest.raises(ConfigError, match="common step of 100 tokens"):
+    design.grid(base, "d16", horizons=(1000, 4100), batches=(16,), rates=(1e-3,))
+
+
+def test_a_tuned_run_is_read_at_equal_parts(base) -> None:
+  hyper = design.Hyper(lambda n, t, b: 1e-3 * b, lambda n, t: 100.0, multiple=4)
+  run = design.tuned(base, "d32", 50_000, hyper, reads=3, split="holdout")
+  assert run["data.batch"] == 12 and run["optimizer.lr"] == pytest.approx(0.096), "the rate is that of the legal batch"
+  assert run["steps"] == 3 * run["validation.every"] and abs(run["steps"] * 96 / 50_000 - 1) < 0.01
 
 
 def test_isoflop_runs_cost_their_budget_around_the_law(base) -> None:

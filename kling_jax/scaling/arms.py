@@ -26,11 +26,13 @@ class Arm:
   hyper: Hyper
 
 
-def fitted(points: Iterable[Mapping[str, Any]], within: float = WITHIN, memory: float = 0.1) -> list[Arm]:
+def fitted(
+  points: Iterable[Mapping[str, Any]], within: float = WITHIN, memory: float = 0.1, multiple: int = 1
+) -> list[Arm]:
   """The arms, fitted to the points that are not held out.
 
   Args:
-    points: `points.points`. within: see `lr_batch.cells`. memory: of the EMA weights, see `Hyper`.
+    points: `points.points`. within: see `lr_batch.cells`. memory, multiple: see `Hyper`.
 
   Raises:
     DataError: the points have no optimum of learning rate and batch at four (N, T).
@@ -49,9 +51,9 @@ def fitted(points: Iterable[Mapping[str, Any]], within: float = WITHIN, memory: 
   lr_of_c = loglinear.fit(optimum_lr, {"flops": flops}).law
   batch_of_c = loglinear.fit(optimum_batch, {"flops": flops}).law
   return [
-    Arm("tuned", Hyper(lambda n, t, b: laws.lr_given_batch(b, n, t), best, memory)),
-    Arm("kaplan", Hyper(lambda n, t, b: laws.lr_given_batch(b, n, t), lambda n, t: smallest, memory)),
-    Arm("chinchilla", Hyper(lambda n, t, b: fixed_lr, lambda n, t: fixed_batch, memory)),
+    Arm("tuned", Hyper(lambda n, t, b: laws.lr_given_batch(b, n, t), best, memory, multiple)),
+    Arm("kaplan", Hyper(lambda n, t, b: laws.lr_given_batch(b, n, t), lambda n, t: smallest, memory, multiple)),
+    Arm("chinchilla", Hyper(lambda n, t, b: fixed_lr, lambda n, t: fixed_batch, memory, multiple)),
     Arm("deepseek", Hyper(lambda n, t, b: float(lr_of_c(flops=6 * n * t)),
-                          lambda n, t: float(batch_of_c(flops=6 * n * t)), memory)),
+                          lambda n, t: float(batch_of_c(flops=6 * n * t)), memory, multiple)),
   ]  # fmt: skip

@@ -64,18 +64,24 @@ def grid(
   """One run for each (clips of a batch, learning rate, seed), each read at all horizons.
 
   Args:
-    horizons: T in tokens; rounded to whole steps of the largest batch.
+    horizons: T in tokens; their greatest common divisor is rounded to whole steps of the largest batch.
     batches: clips a step; each divides the largest.
     rates: learning rates. memory: of the EMA weights, as a share of the shortest horizon.
 
   Raises:
-    ConfigError: a batch that does not divide the largest one.
+    ConfigError: a batch that does not divide the largest one, or horizons without a common step.
   """
   tokens = sized(base, size).clip_tokens
   if any(max(batches) % batch for batch in batches):
     raise ConfigError(f"batches {tuple(batches)} must each divide the largest, so that all runs meet at one T")
   largest = tokens * max(batches)
-  stops = [max(1, round(horizon / largest)) * largest for horizon in horizons]
+  unit = math.gcd(*map(round, horizons))
+  if unit < largest:
+    raise ConfigError(
+      f"horizons {tuple(horizons)} have the common step of {unit:,} tokens, less than the largest batch of {largest:,};"
+      " make them multiples of a longer one, runs are read at each of its multiples"
+    )
+  stops = [round(unit / largest) * largest * round(horizon / unit) for horizon in horizons]
   return [
     _run(size, batch, lr, tokens, stops, memory, seed, arm, split)
     for batch in batches
@@ -131,7 +137,7 @@ def tuned(
   multiple = hyper.multiple
   clips = max(1, round(hyper.batch_tokens(model.params, tokens) / model.clip_tokens / multiple)) * multiple
   step = clips * model.clip_tokens
-  stops = [max(1, round(tokens * (k + 1) / reads / step)) * step for k in range(reads)]
+  stops = [max(1, round(tokens / reads / step)) * step * (k + 1) for k in range(reads)]
   lr = float(f"{hyper.lr(model.params, tokens, step):.3g}")
   return _run(size, clips, lr, model.clip_tokens, stops, hyper.memory, seed, arm, split)
 
