@@ -154,6 +154,7 @@ def add_work(parser: argparse.ArgumentParser) -> None:
   _add_sweep(parser)
   parser.add_argument("--seconds", type=float, default=0.0, help="begin no run later than this (default: no limit)")
   parser.add_argument("--parent", action="store_true", help="save and leave when standard input closes")
+  parser.add_argument("--distributed", action="store_true", help="one of the hosts of a worker that has several")
   _add_limits(parser)
 
 
@@ -161,7 +162,8 @@ def work(args: argparse.Namespace) -> int:
   loaded, folder = _open(args)
   from kling_jax.scaling import worker
 
-  done = worker.work(str(loaded.path), folder, worker.Options(_limits(args), args.seconds, parent=args.parent))
+  done = worker.work(str(loaded.path), folder, worker.Options(_limits(args), args.seconds, parent=args.parent,
+                                                               distributed=args.distributed))  # fmt: skip
   print(f"{folder}: {done} runs done by this worker")
   return 0
 

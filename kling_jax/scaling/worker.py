@@ -19,6 +19,8 @@ from collections.abc import Iterator
 from types import FrameType
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from kling_jax.errors import ConfigError, KlingError
 from kling_jax.scaling import cost, points, record, sweep
@@ -26,6 +28,8 @@ from kling_jax.scaling.ledger import NO_ROOM, LeaseLost, Ledger, Limits, NoRoom
 from kling_jax.train import loop
 
 log = logging.getLogger(__name__)
+
+NOTHING_LEFT, NOTHING_NOW = "end", "wait"  # instead of the id of a run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,12 +41,14 @@ class Options:
     seconds: no run is begun later than this; 0 = no limit (set it below the queue's wall-clock limit).
     poll_s: how often to look again while others work on what is left.
     parent: end (saving first) when standard input closes, which happens when the process that started this one dies.
+    distributed: this process is one of several of a worker (the hosts of a slice); the first one keeps the ledger.
   """
 
   limits: Limits = dataclasses.field(default_factory=Limits)
   seconds: float = 0.0
   poll_s: float = 2.0
   parent: bool = False
+  distributed: bool = False
 
 
 class Stopped(BaseException):
@@ -58,24 +64,49 @@ def work(path: str, folder: str | pathlib.Path, options: Options | None = None) 
     ConfigError: the sweep file.
   """
   options = options or Options()
+  if options.distributed:
+    jax.distributed.initialize()  # finds the other hosts by the cluster's environment: TPU slice, SLURM
   loaded = sweep.load(path)
   ledger = Ledger(folder, options.limits)
   begun, done, program = time.monotonic(), 0, ""
   with _Termination(options.parent) as stop:
-    while not stop.asked.is_set() and not (options.seconds and time.monotonic() - begun > options.seconds):
+    while True:
       runs = {run.id: run for run in loaded.runs(points.points(ledger.finished()))}
-      states = ledger.states(list(runs))
-      run_id = ledger.claim([run.id for run in order(list(runs.values()), states, program)])
-      if run_id is None:
-        if all(states[run].ended for run in runs):
-          return done
+      over = stop.asked.is_set() or (options.seconds and time.monotonic() - begun > options.seconds)
+      run_id = NOTHING_LEFT if over else ""
+      if jax.process_index() == 0 and not over:
+        run_id = _next(ledger, runs, program)
+      run_id = _agreed(run_id)
+      if run_id == NOTHING_LEFT:
+        return done
+      if run_id == NOTHING_NOW:
         stop.asked.wait(options.poll_s)  # others are at it: they may end, die, or make way for the next stage
         continue
+      if run_id not in runs:  # it came up since this host of the worker read the ledger
+        runs |= {run.id: run for run in loaded.runs(points.points(ledger.finished()))}
       if runs[run_id].program != program:
         jax.clear_caches()
         program = runs[run_id].program
-      done += train(ledger, runs[run_id], stop)
+      if jax.process_index() == 0:
+        done += train(ledger, runs[run_id], stop)
+      else:
+        loop.run(runs[run_id].config, ledger.workdir(run_id))
   return done
+
+
+def _next(ledger: Ledger, runs: dict[str, sweep.Run], program: str) -> str:
+  """The run that was claimed, or why there is none."""
+  states = ledger.states(list(runs))
+  run_id = ledger.claim([run.id for run in order(list(runs.values()), states, program)])
+  return run_id or (NOTHING_LEFT if all(states[run].ended for run in runs) else NOTHING_NOW)
+
+
+def _agreed(word: str) -> str:
+  """What the worker's first process says, on all of them."""
+  if jax.process_count() == 1:
+    return word
+  letters = np.frombuffer(word.ljust(16).encode(), np.uint8)
+  return bytes(multihost_utils.broadcast_one_to_all(letters).astype(np.uint8)).decode().strip()
 
 
 def order(runs: list[sweep.Run], states: dict, program: str) -> list[sweep.Run]:
