@@ -14,6 +14,8 @@ from kling_jax.nn.mlp import GeluMLP, SwiGLU
 from kling_jax.nn.modulation import ModulationMLP, ModulationTable, add_gated, modulate
 from kling_jax.nn.multihead import MultiHeadAttention
 
+AXES = ("embed", "mlp")
+
 
 def _normal(seed, *shape):
   """NumPy draws: nothing to compile, and what is done to them afterwards in NumPy is an independent statement."""
@@ -26,20 +28,22 @@ def _run(module, *args):
   return jax.tree.map(np.asarray, jax.jit(lambda weights, args: params.merge(graph, weights)(*args))(weights, args))
 
 
-def test_cpu_product_is_the_plain_product_with_its_gradients():
-  x, w, g = _normal(0, 2, 3, 5), _normal(1, 5, 4), _normal(2, 2, 3, 4)
-  run = lambda: jax.jit(jax.value_and_grad(lambda x, w: jnp.sum(g * linear.matmul(x, w)), (0, 1)))(x, w)
-  (a, grads_a) = run()
+def test_product_with_its_own_gradient_rule_is_the_plain_one():
+  x, w, b, g = _normal(0, 2, 3, 5), _normal(1, 5, 4), _normal(3, 4), _normal(2, 2, 3, 4)
+  run = lambda: jax.jit(jax.value_and_grad(lambda x, w, b: jnp.sum(g * linear.affine(x, w, b, AXES)), (0, 1, 2)))(
+    x, w, b
+  )
+  (ours, ours_gradients) = run()
   with lowering.forward_mode():
-    (b, grads_b) = run()
-    jax.eval_shape(lambda x: jax.jvp(lambda x: linear.matmul(x, w), (x,), (x,)), x)
-  np.testing.assert_allclose(a, b, rtol=1e-6)
-  for ours, plain in zip(grads_a, grads_b, strict=True):
-    np.testing.assert_allclose(ours, plain, atol=1e-6)
+    (plain, plain_gradients) = run()
+    jax.eval_shape(lambda x: jax.jvp(lambda x: linear.affine(x, w, b, AXES), (x,), (x,)), x)
+  np.testing.assert_allclose(ours, plain, rtol=1e-6)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), ours_gradients, plain_gradients)
 
 
 def test_the_barrier_is_for_cpu_alone():
-  program = lambda: str(jax.make_jaxpr(jax.grad(lambda w: linear.matmul(_normal(0, 3, 5), w).sum()))(_normal(1, 5, 4)))
+  total = lambda w: linear.affine(_normal(0, 3, 5), w, None, AXES).sum()
+  program = lambda: str(jax.make_jaxpr(jax.grad(total))(_normal(1, 5, 4)))
   assert "optimization_barrier" in program()
   with lowering.target("tpu"):
     assert "optimization_barrier" not in program()

@@ -13,6 +13,7 @@ from kling_jax.nn.mlp import GeluMLP
 from kling_jax.nn.multihead import MultiHeadAttention
 from kling_jax.nn.norm import RMSNorm
 from kling_jax.nn.rotary import angles_1d
+from kling_jax.nn.weights import used
 
 BYTES = 259  # 256 bytes and pad, begin, end: what data/tokens.py writes
 
@@ -36,9 +37,9 @@ class Layer(nnx.Module):
 
   def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs):
     self.attention_norm = RMSNorm(width)
-    self.attention = MultiHeadAttention(width, heads, qk_norm="head", rngs=rngs)
+    self.attention = MultiHeadAttention(width, heads, qk_norm="head", tokens="text", rngs=rngs)
     self.mlp_norm = RMSNorm(width)
-    self.mlp = GeluMLP(width, 4 * width, rngs=rngs)
+    self.mlp = GeluMLP(width, 4 * width, tokens="text", rngs=rngs)
 
   def __call__(self, x_BLD: jax.Array, mask: Mask, angles: jax.Array) -> jax.Array:
     x_BLD = x_BLD + self.attention(self.attention_norm(x_BLD), mask=mask, angles=angles)
@@ -75,7 +76,7 @@ class ByteTextEncoder(nnx.Module):
       raise ConfigError(f"text encoder: depth is {depth}; give 1 or more")
     self.width, self.heads, self.max_length = width, heads, max_length
     table = jax.random.normal(rngs.params(), (BYTES, width), jnp.float32)  # unit variance, as T5's
-    self.table = nnx.Param(table, axes=(None, "embed"))
+    self.table = nnx.Param(table, axes=(None, "text"))
 
     @nnx.split_rngs(splits=depth)
     @nnx.vmap(in_axes=(0,), out_axes=0, transform_metadata={nnx.PARTITION_NAME: "layers", "axes": "layers"})
@@ -99,7 +100,7 @@ class ByteTextEncoder(nnx.Module):
     length = tokens_BL.shape[1]
     if length > self.max_length:
       raise ConfigError(f"text of {length} tokens for a text encoder of at most {self.max_length}; set them alike")
-    x_BLD = self.table[...].astype(dtype)[tokens_BL]
+    x_BLD = used(self.table[...], (None, "text"), jnp.float32)[tokens_BL].astype(dtype)
     mask = Mask(keys_BL=mask_BL)
     angles = angles_1d(jnp.arange(length), self.width // self.heads)
     graph, stacked = nnx.split(self.layers)

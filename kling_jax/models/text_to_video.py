@@ -9,6 +9,7 @@ from flax import nnx
 
 from kling_jax.models.text_encoder import ByteTextEncoder
 from kling_jax.models.video_dit import VideoDiT, VideoDiTConfig
+from kling_jax.nn.weights import used
 
 DROPS = ("text", "scores", "image")
 
@@ -81,7 +82,9 @@ class TextToVideo(nnx.Module):
     if "text" in dropped:
       row_B11 = dropped["text"][:, None, None]
       first_L = jnp.arange(c.text_mask_BL.shape[1]) == 0
-      text_BLD = jnp.where(row_B11, self.null_text[...].astype(c.text_BLD.dtype), c.text_BLD)
+      # Chosen in float32, so that the gradient of the one token is summed over rows in float32.
+      null_LD = used(self.null_text[...], (None, "text"), jnp.float32)
+      text_BLD = jnp.where(row_B11, null_LD, c.text_BLD.astype(jnp.float32)).astype(c.text_BLD.dtype)
       mask_BL = jnp.where(row_B11[..., 0], first_L, c.text_mask_BL)
       c = dataclasses.replace(c, text_BLD=text_BLD, text_mask_BL=mask_BL)
     if "scores" in dropped:

@@ -1,6 +1,7 @@
 """The Video DiT: Wan 2.1's transformer over latent video, told clip scores, and causal in time where asked to be."""
 
 import dataclasses
+import math
 from typing import NamedTuple
 
 import jax
@@ -12,7 +13,7 @@ from kling_jax.nn.attention import Mask
 from kling_jax.nn.embed import PatchEmbedding, ScoreEmbedding, TimeEmbedding, TokenProjection, unpatchify
 from kling_jax.nn.linear import Linear, zeros
 from kling_jax.nn.mlp import GeluMLP
-from kling_jax.nn.modulation import ModulationMLP, ModulationTable, add_gated, modulate
+from kling_jax.nn.modulation import ModulationMLP, ModulationTable, add_gated, modulate, spread
 from kling_jax.nn.multihead import KVCache, MultiHeadAttention
 from kling_jax.nn.norm import LayerNorm
 from kling_jax.nn.partition import constrain
@@ -264,15 +265,15 @@ class VideoDiT(nnx.Module):
     if context_BTHWC is not None:
       context_frames = context_BTHWC.shape[1]
       past = jnp.zeros((batch, 1)) if context_time is None else context_time.reshape(batch, -1)
-      spread = lambda t_BT, length: jnp.broadcast_to(t_BT, (batch, length))
-      time_BT = jnp.concatenate([spread(past, context_frames), spread(time_BT, frames)], axis=1)
+      widen = lambda t_BT, length: jnp.broadcast_to(t_BT, (batch, length))
+      time_BT = jnp.concatenate([widen(past, context_frames), widen(time_BT, frames)], axis=1)
       x_BTHWC = jnp.concatenate([context_BTHWC.astype(dtype), x_BTHWC], axis=1)
     e_BTD = self._embed_time(time_BT, scores_BM, scores_known_BM, fps_B)
     grid = self.config.grid(*x_BTHWC.shape[1:4])
     frame_tokens = grid[1] * grid[2]
     held = 0 if cache is None else cache.length
     given = BlockInputs(
-      rows_BTRD=self.modulation(e_BTD),
+      rows_BTRD=spread(self.modulation(e_BTD), math.prod(grid)),
       angles=angles_3d(*grid, self.config.head_size, first_frame=held // frame_tokens),
       mask=Mask(
         block=None if causal_frames is None else causal_frames * frame_tokens,
@@ -289,7 +290,7 @@ class VideoDiT(nnx.Module):
     x_BND, new = self._run_blocks(x_BND, given, cache, scan)
     if context_frames:
       x_BND, e_BTD = x_BND[:, context_frames * frame_tokens :], e_BTD[:, context_frames:]
-    y_BTHWC = unpatchify(self.head(x_BND, e_BTD), self.config.patch, (frames, *grid[1:]))
+    y_BTHWC = unpatchify(self.head(x_BND, spread(e_BTD, x_BND.shape[1])), self.config.patch, (frames, *grid[1:]))
     if cache is None:
       return y_BTHWC
     fits = held + x_BND.shape[1] <= cache.k_SBLKE.shape[2]

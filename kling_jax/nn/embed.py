@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from kling_jax.nn.linear import Linear, normal, zeros
+from kling_jax.nn.weights import used
 
 FREQUENCIES = 256
 
@@ -46,7 +47,7 @@ class ScoreEmbedding(nnx.Module):
     """Maps values (B,) to (B, D); the learned null vector where `known_B` is False, whatever stands in `value_B`."""
     value_B = jnp.where(known_B, value_B, 0.0)  # an unknown value may be NaN, which would poison the gradient
     embedded_BD = self.out(jax.nn.silu(self.into(sinusoid(value_B))))
-    return jnp.where(known_B[:, None], embedded_BD, self.null[...])
+    return jnp.where(known_B[:, None], embedded_BD, used(self.null[...], ("modulation",), jnp.float32))
 
 
 class PatchEmbedding(nnx.Module):

@@ -1,13 +1,15 @@
 """Dense layers: kernels (in, out) with logical axis names, and the product form that is fast on CPU."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from kling_jax.nn import lowering
+from kling_jax.nn import lowering, weights
+from kling_jax.nn.weights import Axes, Placement
 
 Initializer = jax.nn.initializers.Initializer
-Axes = tuple[str | None, str | None]
 
 xavier = jax.nn.initializers.xavier_uniform()
 zeros = jax.nn.initializers.zeros
@@ -18,33 +20,53 @@ def normal(std: float) -> Initializer:
   return jax.nn.initializers.normal(std)
 
 
-@jax.custom_vjp
-def _cpu_matmul(x, kernel):
-  return x @ kernel
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _affine(how: Placement | None, axes: Axes, x: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
+  return _affine_plain(how, axes, x, kernel, bias)
 
 
-def _cpu_matmul_forward(x, kernel):
-  return x @ kernel, (x, kernel)
+def _affine_plain(how, axes, x, kernel, bias):
+  y = x @ weights.gathered(how, kernel, axes, x.dtype)
+  return y if bias is None else y + weights.gathered(how, bias, axes[1:], x.dtype)
 
 
-def _cpu_matmul_backward(residuals, g):
-  x, kernel = residuals
-  g_flat = g.reshape(-1, g.shape[-1])
-  # XLA's CPU products contract slowly over dimension 0 of the left side. The barrier keeps it from folding this
-  # transpose back into such a product. A small DiT's training step takes an eighth to a quarter less with it.
-  x_transposed = jax.lax.optimization_barrier(x.reshape(-1, x.shape[-1]).T)
-  return (g_flat @ kernel.T).reshape(x.shape), x_transposed @ g_flat
+def _affine_forward(how, axes, x, kernel, bias):
+  # The kernel is kept as it is stored and gathered again in the backward pass: kept as used, it would stand whole.
+  return _affine_plain(how, axes, x, kernel, bias), (x, kernel, bias)
 
 
-_cpu_matmul.defvjp(_cpu_matmul_forward, _cpu_matmul_backward)
+def _affine_backward(how, axes, residuals, g):
+  """Gradients of x in its dtype, of kernel and bias in float32: summed in float32 over rows and over devices.
+
+  Were the kernel's gradient left in bfloat16, each device's partial sum would be rounded to 8 bits before the devices
+  add theirs; `Placement.gradient` may ask for just that, for half of the traffic.
+  """
+  x, kernel, bias = residuals
+  dx = g @ weights.gathered(how, kernel, axes, x.dtype).T
+  turned = jnp.moveaxis(x, -1, 0)
+  if lowering.platform() == "cpu":
+    # XLA's CPU products contract slowly over the first dimension of the left side. The barrier keeps it from folding
+    # this transpose back into such a product. A small DiT's training step takes an eighth to a quarter less with it.
+    turned = jax.lax.optimization_barrier(turned)
+  rows = tuple(range(x.ndim - 1))
+  dtype = jnp.float32 if how is None or x.dtype == jnp.float32 else how.gradient
+  product = jax.lax.dot_general(
+    turned, g, ((tuple(axis + 1 for axis in rows), rows), ((), ())), preferred_element_type=dtype
+  )
+  dbias = None if bias is None else weights.scattered(how, jnp.sum(g.astype(jnp.float32), axis=rows), axes[1:])
+  return dx, weights.scattered(how, product, axes), dbias
 
 
-def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
-  """x (..., in) @ kernel (in, out), in the dtype of `x`; master weights are cast at use."""
-  kernel = kernel.astype(x.dtype)
-  if lowering.platform() == "cpu" and not lowering.in_forward_mode():
-    return _cpu_matmul(x, kernel)
-  return x @ kernel
+_affine.defvjp(_affine_forward, _affine_backward)
+
+
+def affine(x: jax.Array, kernel: jax.Array, bias: jax.Array | None, axes: Axes) -> jax.Array:
+  """x (..., in) @ kernel (in, out) + bias (out,), in the dtype of `x`; float32 masters are cast at use.
+
+  `axes` are the logical names of the kernel's dimensions.
+  """
+  how = weights.placement()
+  return (_affine_plain if lowering.in_forward_mode() else _affine)(how, axes, x, kernel, bias)
 
 
 class Linear(nnx.Module):
@@ -60,10 +82,10 @@ class Linear(nnx.Module):
     init: Initializer = xavier,
     rngs: nnx.Rngs,
   ):
+    self.axes = axes
     self.kernel = nnx.Param(init(rngs.params(), (inputs, outputs), jnp.float32), axes=axes)
     self.bias = nnx.Param(jnp.zeros(outputs, jnp.float32), axes=axes[1:]) if use_bias else None
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """Maps (..., inputs) to (..., outputs) in the dtype of `x`."""
-    y = matmul(x, self.kernel[...])
-    return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+    return affine(x, self.kernel[...], None if self.bias is None else self.bias[...], self.axes)

@@ -5,12 +5,17 @@ Tokens are laid out frame by frame, so a row meets its frame's tokens by broadca
 size (B, N, R, D) is ever made. All of it is float32.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
+from kling_jax.nn import partition
 from kling_jax.nn.linear import Linear, zeros
 from kling_jax.nn.norm import layer_norm
+from kling_jax.nn.weights import used
 
 
 class ModulationMLP(nnx.Module):
@@ -29,12 +34,29 @@ class ModulationTable(nnx.Module):
   """A learned table (R, D) added to rows that all blocks share, or to the embedding itself (Wan's head)."""
 
   def __init__(self, width: int, rows: int):
-    self.table = nnx.Param(jnp.zeros((rows, width), jnp.float32), axes=(None, "embed"))
+    self.axes = (None, "modulation")  # small: whole on every device, like the rows that it is added to
+    self.table = nnx.Param(jnp.zeros((rows, width), jnp.float32), axes=self.axes)
 
   def __call__(self, rows_BTRD: jax.Array) -> tuple[jax.Array, ...]:
     """Returns the R rows, each (B, T, D)."""
-    rows = rows_BTRD + self.table[...]
+    rows = rows_BTRD + used(self.table[...], self.axes, jnp.float32)
     return tuple(rows[..., r, :] for r in range(self.table.shape[0]))
+
+
+def spread(rows: jax.Array, tokens: int) -> jax.Array:
+  """Rows of frames (B, T, ...) as rows of cells (B, cells, ...): runs of tokens within one frame and one device.
+
+  Where a trainer cuts the tokens into parts that are no whole frames, a layout by frame would have to be gathered;
+  cells of gcd(tokens of a frame, tokens of a part) tokens never are. Everywhere else a cell is a frame.
+  """
+  frames, parts = rows.shape[1], partition.parts("tokens")
+  if frames == 1 or parts == 1:
+    return rows
+  frame = tokens // frames
+  cell = math.gcd(frame, tokens // parts)
+  of_cell = np.arange(tokens // cell) * cell // frame
+  axes = ("batch", "tokens", *[None] * (rows.ndim - 2))
+  return partition.constrain(partition.constrain(rows, ("batch", *[None] * (rows.ndim - 1)))[:, of_cell], axes)
 
 
 def _by_frame(x_BND: jax.Array, frames: int) -> jax.Array:

@@ -53,6 +53,7 @@ class MultiHeadAttention(nnx.Module):
     context_width: size of the tokens that are asked; `width` by default.
     qk_norm: RMS-norm of queries and keys before rotation: "full" over all heads at once (Wan 2.1), "head", or "none".
     out_init: initial values of the output projection; zeros make the layer a no-op at the start.
+    tokens: logical name of the asking tokens: "tokens" (a trainer may cut them over devices) or "text" (whole).
   """
 
   def __init__(
@@ -66,13 +67,14 @@ class MultiHeadAttention(nnx.Module):
     qk_norm: str = "full",
     use_bias: bool = True,
     out_init: Initializer = xavier,
+    tokens: str = "tokens",
     rngs: nnx.Rngs,
   ):
     if qk_norm not in QK_NORMS:
       raise ConfigError(f"qk_norm={qk_norm!r}; known: {', '.join(QK_NORMS)}")
     if head_size is None and width % heads:
       raise ConfigError(f"width={width} does not divide into heads={heads}; choose heads that divide it")
-    self.heads, self.kv_heads = heads, kv_heads or heads
+    self.heads, self.kv_heads, self.tokens = heads, kv_heads or heads, tokens
     self.head_size = head_size or width // heads
     asked = context_width or width
     queries, keys = self.heads * self.head_size, self.kv_heads * self.head_size
@@ -89,13 +91,13 @@ class MultiHeadAttention(nnx.Module):
     self, x_BND: jax.Array, context_BLD: jax.Array | None = None, *, angles: jax.Array | None = None
   ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns q (B,N,K,E), k and v (B,L,K,E) from `x`, or k and v from `context`; rotated by `angles` where given."""
-    asked_BLD = x_BND if context_BLD is None else context_BLD
-    q = self._heads(self.q(x_BND), self.heads, self.q_norm, angles)
-    k = self._heads(self.k(asked_BLD), self.kv_heads, self.k_norm, angles)
-    v = self._heads(self.v(asked_BLD), self.kv_heads, None, None)
+    asked_BLD, tokens = (x_BND, self.tokens) if context_BLD is None else (context_BLD, "text")
+    q = self._heads(self.q(x_BND), self.heads, self.q_norm, angles, self.tokens)
+    k = self._heads(self.k(asked_BLD), self.kv_heads, self.k_norm, angles, tokens)
+    v = self._heads(self.v(asked_BLD), self.kv_heads, None, None, tokens)
     return q, k, v
 
-  def _heads(self, x: jax.Array, heads: int, norm: RMSNorm | None, angles: jax.Array | None) -> jax.Array:
+  def _heads(self, x: jax.Array, heads: int, norm: RMSNorm | None, angles: jax.Array | None, tokens: str) -> jax.Array:
     if norm is not None and self.full_norm:
       x = norm(x)
     x_BNKE = x.reshape(*x.shape[:-1], heads, self.head_size)
@@ -103,13 +105,21 @@ class MultiHeadAttention(nnx.Module):
       x_BNKE = norm(x_BNKE)
     if angles is not None:
       x_BNKE = rotate(x_BNKE, angles)
-    return checkpoint_name(constrain(x_BNKE, ("batch", "tokens", "heads", "head")), "qkv")
+    return checkpoint_name(constrain(x_BNKE, ("batch", tokens, "heads", "head")), "qkv")
 
   def attend(
-    self, q_BNKE: jax.Array, k_BLKE: jax.Array, v_BLKE: jax.Array, mask: Mask = EVERYTHING, *, road: str = "auto"
+    self,
+    q_BNKE: jax.Array,
+    k_BLKE: jax.Array,
+    v_BLKE: jax.Array,
+    mask: Mask = EVERYTHING,
+    *,
+    road: str = "auto",
+    asked: str | None = None,
   ) -> jax.Array:
-    """Attention, then the output projection: (B, N, D)."""
-    o_BNKE = attention(q_BNKE, k_BLKE, v_BLKE, mask=mask, road=road)
+    """Attention, then the output projection: (B, N, D). `asked` names the tokens of the keys if not as the layer's."""
+    tokens = (self.tokens, asked or self.tokens)
+    o_BNKE = attention(q_BNKE, k_BLKE, v_BLKE, mask=mask, road=road, tokens=tokens)
     return self.out(o_BNKE.reshape(*o_BNKE.shape[:-2], -1))
 
   def __call__(
@@ -122,4 +132,5 @@ class MultiHeadAttention(nnx.Module):
     road: str = "auto",
   ) -> jax.Array:
     """Self-attention, or cross-attention where `context_BLD` is given."""
-    return self.attend(*self.qkv(x_BND, context_BLD, angles=angles), mask, road=road)
+    asked = None if context_BLD is None else "text"
+    return self.attend(*self.qkv(x_BND, context_BLD, angles=angles), mask, road=road, asked=asked)

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from kling_jax.nn.weights import used
+
 
 class RMSNorm(nnx.Module):
   """x / sqrt(mean(x^2) + epsilon) * scale, with a learned scale of ones at the start.
@@ -13,13 +15,13 @@ class RMSNorm(nnx.Module):
   """
 
   def __init__(self, width: int, *, axis: str | None = "embed", epsilon: float = 1e-6):
-    self.epsilon = epsilon
-    self.scale = nnx.Param(jnp.ones(width, jnp.float32), axes=(axis,))
+    self.epsilon, self.axes = epsilon, (axis,)
+    self.scale = nnx.Param(jnp.ones(width, jnp.float32), axes=self.axes)
 
   def __call__(self, x: jax.Array) -> jax.Array:
     x32 = x.astype(jnp.float32)
     inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.epsilon)
-    return (x32 * inverse * self.scale[...]).astype(x.dtype)
+    return (x32 * inverse * used(self.scale[...], self.axes, jnp.float32)).astype(x.dtype)
 
 
 def layer_norm(x: jax.Array, epsilon: float = 1e-6) -> jax.Array:
@@ -33,9 +35,10 @@ class LayerNorm(nnx.Module):
   """`layer_norm` with a learned scale and bias; where neither is wanted, call the function."""
 
   def __init__(self, width: int, *, axis: str | None = "embed", epsilon: float = 1e-6):
-    self.epsilon = epsilon
-    self.scale = nnx.Param(jnp.ones(width, jnp.float32), axes=(axis,))
-    self.bias = nnx.Param(jnp.zeros(width, jnp.float32), axes=(axis,))
+    self.epsilon, self.axes = epsilon, (axis,)
+    self.scale = nnx.Param(jnp.ones(width, jnp.float32), axes=self.axes)
+    self.bias = nnx.Param(jnp.zeros(width, jnp.float32), axes=self.axes)
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    return (layer_norm(x, self.epsilon) * self.scale[...] + self.bias[...]).astype(x.dtype)
+    scale, bias = (used(value[...], self.axes, jnp.float32) for value in (self.scale, self.bias))
+    return (layer_norm(x, self.epsilon) * scale + bias).astype(x.dtype)

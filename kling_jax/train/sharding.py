@@ -1,59 +1,183 @@
-"""Where arrays live: one mesh, one table from logical axis names to mesh axes."""
+"""Where arrays live: one mesh, one table from logical axis names to mesh axes, and what the mesh must divide."""
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 
 from kling_jax.errors import MeshError
-from kling_jax.nn import partition
+from kling_jax.nn import partition, weights
+from kling_jax.train import attention
 
-AXES = ("replica", "fsdp", "context", "tensor")
+AXES = ("replica", "fsdp", "context", "tensor")  # from the slowest network to the fastest
 
-# Samples spread over replica and fsdp, tokens over context, heads and MLP columns over tensor, and the width of
-# every parameter over fsdp (gathered layer by layer). Names that are absent here are replicated.
-PARAMETERS: Mapping[str, str] = {
-  "embed": "fsdp",
-  "conv_out": "fsdp",
-  "mlp": "tensor",
-  "heads": "tensor",
-  "vocab": "tensor",
+
+class Rule(NamedTuple):
+  """Which mesh axes cut a dimension of one logical name: of a parameter where it is stored, and of an activation."""
+
+  parameter: str | None
+  activation: tuple[str, ...]
+
+
+# The one table. Samples spread over replica and fsdp, tokens over context, heads and MLP columns over tensor. Kernels
+# are cut along the model's width over fsdp, and gathered where they are used. Names that are absent are whole on every
+# device: text tokens (every part of a video asks all of its text), modulation, convolution channels.
+RULES: Mapping[str, Rule] = {
+  "batch": Rule(None, ("replica", "fsdp")),
+  "tokens": Rule(None, ("context",)),
+  "embed": Rule("fsdp", ()),
+  "heads": Rule("tensor", ("tensor",)),
+  "mlp": Rule("tensor", ("tensor",)),
 }
-ACTIVATIONS: Mapping[str, Any] = {
-  "batch": ("replica", "fsdp"),
-  "tokens": "context",
-  "heads": "tensor",
-  "mlp": "tensor",
-}
+_WHOLE = Rule(None, ())
 
 
-def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None) -> Mesh:
+class Extent(NamedTuple):
+  """A size that the mesh must divide: the logical axis, what it is (for a message), and the size."""
+
+  axis: str
+  what: str
+  size: int
+
+
+# ---- the mesh ------------------------------------------------------------------------------------------------------
+
+
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
   """Builds the (replica, fsdp, context, tensor) mesh; one size may be -1 and takes the devices that are left.
 
+  Devices are ordered by the topology: neighbours on the last axes are neighbours on the chips' network. Where the
+  devices are TPU slices joined by the data-centre network, only `replica` crosses it.
+
   Raises:
-    MeshError: the sizes do not multiply to the number of devices.
+    MeshError: the sizes do not multiply to the number of devices, or `replica` is no multiple of the slices.
   """
-  devices = jax.devices() if devices is None else devices
+  devices = list(jax.devices() if devices is None else devices)
   shape = [int(sizes[name]) for name in AXES]
+  asked = f"mesh {dict(zip(AXES, shape, strict=True))}"
   if shape.count(-1) > 1 or any(size == 0 or size < -1 for size in shape):
-    raise MeshError(f"mesh {dict(zip(AXES, shape, strict=True))}: sizes are positive, at most one is -1")
+    raise MeshError(f"{asked}: sizes are positive, at most one is -1")
   fixed = math.prod(size for size in shape if size > 0)
   if -1 in shape:
     if len(devices) % fixed:
-      raise MeshError(f"mesh {dict(zip(AXES, shape, strict=True))}: {fixed} does not divide {len(devices)} devices")
+      raise MeshError(f"{asked}: {fixed} does not divide {len(devices)} devices")
     shape[shape.index(-1)] = len(devices) // fixed
   if math.prod(shape) != len(devices):
     raise MeshError(
-      f"mesh {dict(zip(AXES, shape, strict=True))} needs {math.prod(shape)} devices, there are {len(devices)}; "
-      "set one axis to -1 to take what is left"
+      f"{asked} needs {math.prod(shape)} devices, there are {len(devices)}; set one axis to -1 to take what is left"
     )
-  # Auto axes: jax.make_mesh would make Explicit ones, under which sharded parameters refuse ordinary einsums.
-  return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+  slices = slice_count(devices)
+  if shape[0] % slices:
+    legal = [n for n in _divisors(len(devices)) if n % slices == 0]
+    raise MeshError(
+      f"{asked}: the devices are {slices} slices, and only replica crosses the network between them; "
+      f"legal sizes of replica: {', '.join(map(str, legal))}"
+    )
+  # Auto axes: Explicit ones, JAX's default, refuse ordinary einsums of sharded parameters.
+  return Mesh(_ordered(devices, shape, slices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def slice_count(devices: Sequence[jax.Device]) -> int:
+  """The number of TPU slices among the devices; 1 on other platforms, whose hosts are one network to us."""
+  if devices[0].platform != "tpu":
+    return 1
+  return len({getattr(device, "slice_index", 0) for device in devices})
+
+
+def _ordered(devices: Sequence[jax.Device], shape: Sequence[int], slices: int) -> np.ndarray:
+  if slices == 1:
+    return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+  inner = [shape[0] // slices, *shape[1:]]
+  return mesh_utils.create_hybrid_device_mesh(inner, [slices, 1, 1, 1], devices, allow_split_physical_axes=True)
+
+
+# ---- what the mesh must divide -------------------------------------------------------------------------------------
+
+
+def check(
+  sizes: Mapping[str, int],
+  shapes: Mapping[str, Any],
+  axes: Mapping[str, tuple[str | None, ...]],
+  extents: Sequence[Extent] = (),
+) -> None:
+  """Refuses a mesh that does not divide parameters or activations; nothing needs to be allocated for it.
+
+  Args:
+    sizes: of the mesh axes (`mesh.shape`).
+    shapes, axes: {path: ShapeDtypeStruct} and {path: logical names} of the parameters.
+    extents: sizes of activations (`Task.extents`).
+
+  Raises:
+    MeshError: for every axis that does not fit, what it does not divide and the axis's legal sizes. With each axis
+      that is named set to one of its legal sizes, the mesh is accepted.
+  """
+  demands: dict[str, list[tuple[str, int]]] = {axis: [] for axis in AXES}
+  for name, logical in axes.items():
+    for size, axis, target in zip(shapes[name].shape, logical, parameter_spec(logical), strict=True):
+      if target is not None:
+        demands[target].append((f"{name} (axis {axis!r} of size {size})", size))
+  rows = []
+  for extent in extents:
+    targets = RULES.get(extent.axis, _WHOLE).activation
+    if extent.axis == "batch":
+      rows.append(extent.size)
+    for target in targets if extent.axis != "batch" else ("fsdp",):
+      demands[target].append((f"{extent.what} ({extent.size})", extent.size))
+  refusals = []
+  for axis, needed in demands.items():
+    obstacle = next((what for what, size in needed if size % sizes[axis]), None)
+    if obstacle is not None:
+      legal = _divisors(math.gcd(*(size for _, size in needed)))
+      if axis == "fsdp" and rows and math.gcd(*rows) % sizes["replica"] == 0:
+        legal = [n for n in legal if math.gcd(*rows) % (n * sizes["replica"]) == 0]
+      refusals.append(_refusal(axis, sizes, obstacle, legal))
+  refusals += _refused_replica(sizes, rows, demands["fsdp"])
+  if refusals:
+    raise MeshError("; ".join(refusals))
+
+
+def _refused_replica(sizes: Mapping[str, int], rows: Sequence[int], width: Sequence[tuple[str, int]]) -> list[str]:
+  """Rows are cut by replica and fsdp together. Where fsdp is refused too, whatever it is set to must fit."""
+  whole = math.gcd(*rows)
+  fits = not any(size % sizes["fsdp"] for _, size in width)
+  if not rows or whole % (sizes["replica"] * (sizes["fsdp"] if fits else 1)) == 0:
+    return []
+  rest = whole // (sizes["fsdp"] if fits else math.gcd(*(size for _, size in width)))
+  what = f"the rows of a micro-batch ({whole}" + (f" over fsdp={sizes['fsdp']})" if fits else ")")
+  return [_refusal("replica", sizes, what, _divisors(rest))]
+
+
+def _refusal(axis: str, sizes: Mapping[str, int], what: str, legal: Sequence[int]) -> str:
+  built = [n for n in legal if n <= math.prod(sizes.values())]
+  return f"mesh axis {axis}={sizes[axis]} does not divide {what}; legal sizes of {axis}: {', '.join(map(str, built))}"
+
+
+def _divisors(size: int) -> list[int]:
+  return [n for n in range(1, size + 1) if size % n == 0]
+
+
+# ---- parameters, and what is laid out like them --------------------------------------------------------------------
+
+
+def parameter_spec(logical: tuple[str | None, ...]) -> list[str | None]:
+  """The mesh axis of each dimension of a stored parameter; each mesh axis is used once, by the first that asks.
+
+  Vectors (biases, norm scales) are not cut over fsdp: gathering each would cost more than the bytes that it saves.
+  """
+  vector = sum(axis != "layers" for axis in logical) < 2
+  spec: list[str | None] = []
+  for axis in logical:
+    target = RULES.get(axis, _WHOLE).parameter if axis else None
+    spec.append(None if target in spec or (vector and target == "fsdp") else target)
+  return spec
 
 
 def parameter_shardings(
@@ -61,28 +185,11 @@ def parameter_shardings(
 ) -> dict[str, NamedSharding]:
   """The sharding of each parameter by its logical axis names.
 
-  A mesh axis is used once per parameter (the first logical name that asks for it wins).
-
   Raises:
-    MeshError: a dimension is not divisible by its mesh axis; names the parameter and the legal sizes.
+    MeshError: a dimension is not divisible by its mesh axis (`check`).
   """
-  shardings = {}
-  for name, logical in axes.items():
-    spec: list[str | None] = []
-    for size, axis in zip(shapes[name].shape, logical, strict=True):
-      target = PARAMETERS.get(axis) if axis else None
-      if target is None or target in spec or mesh.shape[target] == 1:
-        spec.append(None)
-        continue
-      if size % mesh.shape[target]:
-        legal = [n for n in range(1, size + 1) if size % n == 0 and n <= mesh.size]
-        raise MeshError(
-          f"mesh axis {target}={mesh.shape[target]} does not divide {name} (axis {axis!r} of size {size}); "
-          f"legal sizes here: {', '.join(map(str, legal))}"
-        )
-      spec.append(target)
-    shardings[name] = NamedSharding(mesh, P(*spec))
-  return shardings
+  check(mesh.shape, shapes, axes)
+  return {name: NamedSharding(mesh, P(*parameter_spec(logical))) for name, logical in axes.items()}
 
 
 def like_parameters(mesh: Mesh, tree: Any, shardings: Mapping[str, NamedSharding]) -> Any:
@@ -95,14 +202,17 @@ def like_parameters(mesh: Mesh, tree: Any, shardings: Mapping[str, NamedSharding
   return jax.tree_util.tree_map_with_path(place, tree)
 
 
+# ---- batches and activations ---------------------------------------------------------------------------------------
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """Rows of a batch over replica and fsdp."""
-  return NamedSharding(mesh, P(ACTIVATIONS["batch"]))
+  return NamedSharding(mesh, P(RULES["batch"].activation))
 
 
 def batch_ways(mesh: Mesh) -> int:
   """Into how many parts the rows of a batch are cut; every micro-batch must be a multiple of it."""
-  return mesh.shape["replica"] * mesh.shape["fsdp"]
+  return math.prod(mesh.shape[axis] for axis in RULES["batch"].activation)
 
 
 def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
@@ -112,19 +222,33 @@ def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Arra
 
 
 @contextlib.contextmanager
-def activations(mesh: Mesh) -> Iterator[None]:
-  """While tracing: the models' named activations are laid out by `ACTIVATIONS`.
+def activations(
+  mesh: Mesh, gradient: DTypeLike = jnp.float32, choice: attention.Choice = attention.Choice()
+) -> Iterator[None]:
+  """While tracing: the models' named activations and their parameters in use are laid out by `RULES`.
 
-  A dimension that its mesh axis does not divide stays as XLA has it (a text of 77 tokens under context = 2).
+  Args:
+    mesh: where the program will run.
+    gradient: dtype in which gradients of kernels are summed over devices, under bfloat16 computation.
+    choice: how the devices share attention.
   """
 
   def constrain(x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
-    spec = []
-    for size, name in zip(x.shape, names, strict=True):
-      target = ACTIVATIONS.get(name) if name else None
-      ways = math.prod(mesh.shape[axis] for axis in ((target,) if isinstance(target, str) else target or ()))
-      spec.append(target if ways > 1 and size % ways == 0 else None)
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*spec)))
+    return _place(x, [RULES.get(name, _WHOLE).activation if name else () for name in names])
 
-  with partition.placing(constrain):
+  def gather(value: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+    return _place(value, [() if axis in (None, "fsdp") else (axis,) for axis in parameter_spec(axes)])
+
+  def scatter(value: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+    return _place(value, [(axis,) if axis else () for axis in parameter_spec(axes)])
+
+  def _place(x: jax.Array, spec: Sequence[tuple[str, ...]]) -> jax.Array:
+    for size, targets in zip(x.shape, spec, strict=True):
+      if size % math.prod(mesh.shape[axis] for axis in targets):
+        raise MeshError(f"an array {x.shape} does not divide by {targets} of {dict(mesh.shape)}")
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*(targets or None for targets in spec))))
+
+  cuts = {name: math.prod(mesh.shape[axis] for axis in rule.activation) for name, rule in RULES.items()}
+  attend = attention.attend(mesh, {name: rule.activation for name, rule in RULES.items()}, choice)
+  with partition.placing(constrain, attend, cuts), weights.placing(weights.Placement(gather, scatter, gradient)):
     yield
