@@ -65,6 +65,19 @@ def test_an_id_is_what_a_run_learns_and_not_where_or_how(key: str, value: object
   assert (sweep.run_id(base) == sweep.run_id(other)) == same
 
 
+def test_a_new_key_at_its_default_leaves_ids_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+  base = config_lib.load("video_dit:runlocal")
+  before = sweep.run_id(base)
+  reference = config_lib.reference("video_dit")
+  for config in (base, reference):
+    with config.unlocked():
+      config.data.jitter = 0.5
+  monkeypatch.setattr(sweep, "_reference", lambda _: reference)
+  assert sweep.run_id(base) == before
+  base.data.jitter = 0.6
+  assert sweep.run_id(base) != before
+
+
 @pytest.mark.parametrize(
   ("body", "message"),
   [

@@ -23,7 +23,7 @@ from kling_jax.scaling import arms, design
 
 GRID = ("d16", "d32", "d48", "d64")
 HORIZONS = (98_304, 196_608, 393_216)  # tokens; 2,048 to 8,192 clips
-BATCHES = (8, 16, 32)  # clips of 48 tokens
+BATCHES = {"d16": (2, 4, 8, 16), "d32": (2, 4, 8, 16), "d48": (4, 8, 16), "d64": (4, 8, 16, 32)}  # clips of 48 tokens
 RATES = {
   "d16": (4e-3, 8e-3, 1.6e-2, 3.2e-2),
   "d32": (2e-3, 4e-3, 8e-3, 1.6e-2),
@@ -59,7 +59,7 @@ def sweep(points):
     run
     for size in GRID
     for run in design.grid(
-      base, size, horizons=HORIZONS, batches=BATCHES, rates=RATES[size], memory=MEMORY / HORIZONS[0]
+      base, size, horizons=HORIZONS, batches=BATCHES[size], rates=RATES[size], memory=MEMORY / HORIZONS[0]
     )
   ]
   # One more seed at the middle of every grid: the noise of a run.
@@ -70,7 +70,7 @@ def sweep(points):
       base,
       size,
       horizons=HORIZONS,
-      batches=(BATCHES[1],),
+      batches=(16,),
       rates=(RATES[size][1],),
       memory=MEMORY / HORIZONS[0],
       seeds=(1,),

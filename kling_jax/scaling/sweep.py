@@ -41,7 +41,7 @@ class Run:
   """One run of a sweep.
 
   Attributes:
-    id: hash of what the run learns: config without `HOW`, and the trainer's `RECIPE`.
+    id: hash of what the run learns: how its config differs from the task's, without `HOW`, and the trainer's `RECIPE`.
     config: complete and checked. overrides: what the sweep changed.
     arms: who asked for it. split: "fit" or "holdout".
     program: equal for runs that share compiled programs.
@@ -69,7 +69,7 @@ class Sweep:
 
   @functools.cached_property
   def _schema(self) -> ml_collections.ConfigDict:
-    return config_lib.reference(self._base.task)
+    return _reference(self._base.task)
 
   @property
   def adaptive(self) -> bool:
@@ -155,16 +155,31 @@ def make(
 
 
 def run_id(config: ml_collections.ConfigDict) -> str:
-  """Twelve hexadecimal digits over what the run learns; the same on every machine and in every folder."""
-  values = _without(config_lib.plain(config), HOW)
+  """Twelve hexadecimal digits over what the run learns; the same on every machine and in every folder.
+
+  Only what differs from the task's reference config is hashed: a new key of a later version, at its default, leaves
+  the ids of a sweep alone.
+  """
+  values = _flat(_without(config_lib.plain(config), HOW))
+  usual = _flat(_without(config_lib.plain(_reference(config.task)), HOW))
   for key in PATHS:
-    group, _, name = key.rpartition(".")
-    holder = values[group] if group else values
-    if isinstance(holder.get(name), list):
-      holder[name] = [_last_name(spec) for spec in holder[name]]
-    elif holder.get(name):
-      holder[name] = _last_name(holder[name])
-  return _hash({"recipe": RECIPE, "config": values})
+    if values.get(key):
+      given = values[key]
+      values[key] = [_last_name(spec) for spec in given] if isinstance(given, list) else _last_name(given)
+  changed = {key: value for key, value in values.items() if key not in usual or usual[key] != value}
+  return _hash({"recipe": RECIPE, "task": config.task, "config": changed})
+
+
+@functools.cache
+def _reference(task: str) -> ml_collections.ConfigDict:
+  return config_lib.reference(task)
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+  flat: dict[str, Any] = {}
+  for key, value in values.items():
+    flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+  return flat
 
 
 def _last_name(spec: Any) -> Any:
