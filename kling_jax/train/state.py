@@ -11,11 +11,11 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from kling_jax.errors import ConfigError
+from kling_jax.errors import ConfigError, nearest
 from kling_jax.nn import rng
 from kling_jax.nn.params import Params
-from kling_jax.train import optimizer, sharding
-from kling_jax.train.task import Batch, Task
+from kling_jax.train import attention, optimizer, sharding
+from kling_jax.train.task import PRECISIONS, Batch, Task
 
 State = dict[str, Any]
 GUARD_MEMORY = 0.98  # of the running mean and variance of the loss
@@ -37,9 +37,15 @@ class Update:
     self.trained = [path for path in task.shapes if task.trainable(path)]
     if not self.trained:
       raise ConfigError(f"task {config.task!r} trains no parameter under this config")
+    sharding.check(mesh.shape, task.shapes, task.axes, task.extents())
+    self.attention = attention.Choice.of(config)
+    self.gradient = _gradient_dtype(config)
     self.parameter_shardings = sharding.parameter_shardings(mesh, task.shapes, task.axes)
     self.abstract = jax.eval_shape(lambda: self._fresh(_zeros(task.shapes)))
     self.shardings = sharding.like_parameters(mesh, self.abstract, self.parameter_shardings)
+    self.working = self.shardings["opt"]  # where the update needs the optimiser's state
+    if config.optimizer.offload:
+      self.shardings["opt"] = sharding.on_host(mesh, self.abstract["opt"], self.working)
     rows = sharding.batch_sharding(mesh)
     everywhere = NamedSharding(mesh, P())
     self.lr = jax.device_put(np.float32(config.optimizer.lr), everywhere)
@@ -80,7 +86,7 @@ class Update:
     return optimizer.make(self.config.optimizer, self.config.steps, self.task.lr_scale, lr)
 
   def _step(self, state: State, batch: Batch, lr: jax.Array) -> tuple[State, dict[str, jax.Array]]:
-    with sharding.activations(self.mesh):
+    with sharding.activations(self.mesh, self.gradient, self.attention):
       keys_B = rng.sample_keys(state["key"], state["step"], batch["index"])
       trained = {path: state["params"][path] for path in self.trained}
       frozen = {path: value for path, value in state["params"].items() if path not in trained}
@@ -93,7 +99,8 @@ class Update:
     gradient = jax.tree.map(lambda g: g * scale, gradient)
     accept, guard = watch(state["guard"], loss, norm, self.config.guard)
 
-    updates, opt = self._tx(lr).update(gradient, state["opt"], trained)
+    held = jax.device_put(state["opt"], self.working) if self.config.optimizer.offload else state["opt"]
+    updates, opt = self._tx(lr).update(gradient, held, trained)
     new = optax.apply_updates(trained, updates)
     decay = ema_decay(self.config.ema.decay, state["guard"]["updates"])
     ema = jax.tree.map(lambda average, value: average + (1 - decay) * (value - average), state["ema"], new)
@@ -104,7 +111,7 @@ class Update:
     return {
       "params": {**frozen, **keep(new, trained)},
       "ema": keep(ema, state["ema"]),
-      "opt": keep(opt, state["opt"]),
+      "opt": keep(opt, held),
       "step": state["step"] + 1,
       "key": state["key"],
       "guard": guard,
@@ -112,7 +119,7 @@ class Update:
 
   def _evaluate(self, params: Params, batch: Batch) -> jax.Array:
     """Loss of each row (B,) at the time and noise that the row number fixes, whatever the run's seed."""
-    with sharding.activations(self.mesh):
+    with sharding.activations(self.mesh, choice=self.attention):
       keys_B = rng.sample_keys(jax.random.key(0), 0, batch["index"])
       return self.task.losses(params, batch, keys_B, train=False)[0]
 
@@ -139,6 +146,15 @@ def accumulated(loss_of: Callable[..., Any], parts: int) -> Callable[..., Any]:
     return jax.tree.map(lambda x: x / parts, total)
 
   return run
+
+
+def _gradient_dtype(config: ml_collections.ConfigDict) -> Any:
+  name = config.optimizer.gradient
+  if name not in PRECISIONS:
+    raise ConfigError(f"config key 'optimizer.gradient' = {name!r} is unknown{nearest(name, PRECISIONS)}")
+  if name != "float32" and config.precision == "float32":
+    raise ConfigError(f"config key 'optimizer.gradient' = {name!r} needs precision = 'bfloat16', or set it to 'float32'")
+  return PRECISIONS[name]
 
 
 def ema_decay(decay: float, updates: jax.Array) -> jax.Array:
