@@ -71,7 +71,8 @@ def compiled(generation: str, program: str, tokens: int, size: int, blocks: tupl
 
   def loss(q, k, v, keys_BL, ids_BN):
     with place():
-      return attention(q, k, v, mask=mask(keys_BL, ids_BN), road="splash", tokens=names).astype(jnp.float32).sum()
+      o = attention(q, k, v, mask=mask(keys_BL, ids_BN), road="splash", tokens=names)
+      return o.astype(jnp.float32).sum(), o
 
   cut, whole = NamedSharding(mesh, P(None, "context")), NamedSharding(mesh, P())
   array = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16, sharding=cut)
@@ -80,7 +81,7 @@ def compiled(generation: str, program: str, tokens: int, size: int, blocks: tupl
   arguments.append(jax.ShapeDtypeStruct((ROWS, tokens), jnp.int32, sharding=whole))
   start = time.perf_counter()
   with lowering.target("tpu", generation):
-    lowered = jax.jit(jax.grad(loss, (0, 1, 2)), out_shardings=cut).lower(*arguments)
+    lowered = jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True), out_shardings=cut).lower(*arguments)
   traced = lowered.as_text()
   program_text = lowered.compile()
   seconds, memory = time.perf_counter() - start, program_text.memory_analysis()
