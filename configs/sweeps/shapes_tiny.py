@@ -19,19 +19,21 @@ Expected: docs/results.md. Hardware: 2 cores, no accelerator, about 20 minutes o
 import ml_collections
 
 from kling_jax import config
-from kling_jax.scaling import arms, design
+from kling_jax.scaling import arms
 
-GRID = ("d16", "d32", "d48", "d64")
-HORIZONS = (98_304, 196_608, 393_216)  # tokens; 2,048 to 8,192 clips
-BATCHES = {"d16": (2, 4, 8, 16), "d32": (2, 4, 8, 16), "d48": (4, 8, 16), "d64": (4, 8, 16, 32)}  # clips of 48 tokens
-RATES = {
-  "d16": (4e-3, 8e-3, 1.6e-2, 3.2e-2),
-  "d32": (2e-3, 4e-3, 8e-3, 1.6e-2),
-  "d48": (2e-3, 4e-3, 8e-3, 1.6e-2),
-  "d64": (1.5e-3, 3e-3, 6e-3, 1.2e-2),
-}
-HOLDOUTS = (("d80", 786_432, 2), ("d96", 393_216, 1))  # size, T, parts of T at which it is read
-MEMORY = 24_576  # tokens that the averaged weights remember
+STUDY = arms.Study(
+  horizons=(98_304, 196_608, 393_216),  # tokens; 2,048 to 8,192 clips of 48
+  batches={"d16": (2, 4, 8, 16), "d32": (2, 4, 8, 16), "d48": (4, 8, 16), "d64": (4, 8, 16, 32)},
+  rates={
+    "d16": (4e-3, 8e-3, 1.6e-2, 3.2e-2),
+    "d32": (2e-3, 4e-3, 8e-3, 1.6e-2),
+    "d48": (2e-3, 4e-3, 8e-3, 1.6e-2),
+    "d64": (1.5e-3, 3e-3, 6e-3, 1.2e-2),
+  },
+  repeats={"d16": (16, 8e-3), "d32": (16, 4e-3), "d48": (16, 4e-3), "d64": (16, 3e-3)},
+  holdouts=(("d80", 786_432, 2, 4), ("d96", 393_216, 1, 4)),
+  memory=24_576,
+)
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -54,32 +56,4 @@ def get_config() -> ml_collections.ConfigDict:
 
 
 def sweep(points):
-  base = get_config()
-  grid = [
-    run
-    for size in GRID
-    for run in design.grid(
-      base, size, horizons=HORIZONS, batches=BATCHES[size], rates=RATES[size], memory=MEMORY / HORIZONS[0]
-    )
-  ]
-  # One more seed at the middle of every grid: the noise of a run.
-  repeats = [
-    run
-    for size in GRID
-    for run in design.grid(
-      base,
-      size,
-      horizons=HORIZONS,
-      batches=(16,),
-      rates=(RATES[size][1],),
-      memory=MEMORY / HORIZONS[0],
-      seeds=(1,),
-      arm="repeat",
-    )
-  ]
-  yield from grid + repeats
-  if len({point["run"] for point in points if point["split"] == "fit"}) < len(grid + repeats):
-    return
-  for size, tokens, reads in HOLDOUTS:
-    for arm in arms.fitted(points, memory=MEMORY * reads / tokens):
-      yield design.tuned(base, size, tokens, arm.hyper, reads=reads, arm=arm.name, split="holdout")
+  yield from STUDY.runs(get_config(), points)

@@ -24,13 +24,19 @@ from kling_jax.scaling import arms, design, published
 
 DATA = ("clips/",)
 DEVICES = 8  # of a worker; batches are multiples of it
-GRID = ("n0.017b", "n0.057b", "n0.13b", "n0.26b")
-HORIZONS = (2e9, 4e9, 6e9, 8e9, 10e9, 12e9)
-BATCHES = (32, 64, 128, 256)  # clips of 1,280 tokens: 41e3 to 328e3 tokens
-RATES = (1e-4, 2e-4, 4e-4, 8e-4)
 BUDGETS = (3e17, 6e17, 1e18, 3e18, 6e18)
-HOLDOUTS = (("n1.07b", 10e9, 5), ("n0.72b", 140e9, 14))  # size, T, parts of T at which it is read
-MEMORY = 2e8  # tokens that the averaged weights remember
+GRID = ("n0.017b", "n0.057b", "n0.13b", "n0.26b")
+STUDY = arms.Study(
+  horizons=(2e9, 4e9, 6e9, 8e9, 10e9, 12e9),
+  batches=dict.fromkeys(GRID, (32, 64, 128, 256)),  # clips of 1,280 tokens: 41e3 to 328e3 tokens
+  rates=dict.fromkeys(GRID, (1e-4, 2e-4, 4e-4, 8e-4)),
+  repeats=dict.fromkeys(GRID, (64, 2e-4)),
+  holdouts=(("n1.07b", 10e9, 5, 4), ("n0.72b", 140e9, 14, 1)),
+  memory=2e8,
+  seeds=2,
+  within=0.01,
+  multiple=DEVICES,
+)
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -51,25 +57,11 @@ def get_config() -> ml_collections.ConfigDict:
 
 
 def sweep(points):
-  base = get_config()
-  law = published.get("yin2024")
+  base, law = get_config(), published.get("yin2024")
   hyper = design.Hyper(
     lambda n, t, b: float(law("lr", params=n, tokens=t)),
     lambda n, t: float(law("batch_tokens", params=n, tokens=t)),
-    memory=0.1,
     multiple=DEVICES,
   )
-  first = []
-  for size in GRID:
-    shared = {"horizons": HORIZONS, "memory": MEMORY / HORIZONS[0]}
-    first += design.grid(base, size, batches=BATCHES, rates=RATES, **shared)
-    first += design.grid(base, size, batches=(64,), rates=(2e-4,), seeds=(1, 2), arm="repeat", **shared)
-  first += design.isoflop(base, BUDGETS, lambda flops: float(law("params", flops=flops)), hyper)
-  yield from first
-  grid = {point["run"] for point in points if point["split"] == "fit"}
-  if len(grid) < len(first):
-    return
-  for size, tokens, reads in HOLDOUTS:
-    found = arms.fitted(points, within=0.01, memory=MEMORY * reads / tokens, multiple=DEVICES)
-    for arm in found if tokens < 20e9 else found[:1]:
-      yield design.tuned(base, size, tokens, arm.hyper, reads=reads, arm=arm.name, split="holdout")
+  best_params = lambda flops: float(law("params", flops=flops))
+  yield from STUDY.runs(base, points, more=design.isoflop(base, BUDGETS, best_params, hyper))

@@ -1,13 +1,14 @@
-"""The named arms of a study: four ways to choose learning rate and batch, each with the constants of the same runs."""
+"""The study of arXiv 2411.17470 at any scale, and its arms: four ways to choose learning rate and batch."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import ml_collections
 import numpy as np
 
-from kling_jax.scaling import loglinear, lr_batch, table
-from kling_jax.scaling.design import Hyper
+from kling_jax.scaling import design, loglinear, lr_batch, table
+from kling_jax.scaling.design import Hyper, Overrides
 
 WITHIN = 0.03  # at small scale a step of the grid costs percents, and a quadratic needs its neighbours
 
@@ -57,3 +58,54 @@ def fitted(
     Arm("deepseek", Hyper(lambda n, t, b: float(lr_of_c(flops=6 * n * t)),
                           lambda n, t: float(batch_of_c(flops=6 * n * t)), memory, multiple)),
   ]  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+  """Grids at small sizes, then hold-outs at large ones where the laws of the grids say.
+
+  Attributes:
+    horizons: T of the grids, in tokens.
+    batches, rates: {size: clips of a batch, learning rates} of each grid.
+    repeats: {size: (clips, learning rate)} that is done again with other seeds: the noise of a run.
+    holdouts: (size, T, parts of T at which it is read, arms: how many of them run).
+    memory: tokens that the averaged weights remember, the same in all runs.
+    seeds: how many other seeds a repeat has. within: see `lr_batch.cells`. multiple: clips of a batch.
+  """
+
+  horizons: Sequence[float]
+  batches: Mapping[str, Sequence[int]]
+  rates: Mapping[str, Sequence[float]]
+  repeats: Mapping[str, tuple[int, float]]
+  holdouts: Sequence[tuple[str, float, int, int]]
+  memory: float
+  seeds: int = 1
+  within: float = WITHIN
+  multiple: int = 1
+
+  def grids(self, base: ml_collections.ConfigDict) -> list[Overrides]:
+    """The runs of the first stage."""
+    shared: dict[str, Any] = {"horizons": self.horizons, "memory": self.memory / min(self.horizons)}
+    runs = []
+    for size, batches in self.batches.items():
+      runs += design.grid(base, size, batches=batches, rates=self.rates[size], **shared)
+    for size, (clips, lr) in self.repeats.items():
+      seeds = range(1, 1 + self.seeds)
+      runs += design.grid(base, size, batches=(clips,), rates=(lr,), seeds=seeds, arm="repeat", **shared)
+    return runs
+
+  def runs(
+    self, base: ml_collections.ConfigDict, points: Sequence[Mapping[str, Any]], more: Sequence[Overrides] = ()
+  ) -> Iterator[Overrides]:
+    """All that can be said by now: the grids and `more` fitting runs, and the hold-outs once those have finished.
+
+    Runs that diverged never finish: take them out of the grids, or the hold-outs do not come.
+    """
+    first = [*self.grids(base), *more]
+    yield from first
+    if len({point["run"] for point in points if point["split"] == "fit"}) < len(first):
+      return
+    for size, tokens, reads, arms in self.holdouts:
+      found = fitted(points, self.within, self.memory * reads / tokens, self.multiple)
+      for arm in found[:arms]:
+        yield design.tuned(base, size, tokens, arm.hyper, reads=reads, arm=arm.name, split="holdout")
