@@ -21,6 +21,7 @@ REQUIRED = [
   "optax>=0.2.8",
   "orbax-checkpoint>=0.12.8",
   "pyarrow>=17",
+  "pyyaml>=6",  # manifests of Kubernetes jobs
   "requests>=2.31",  # prompt rewriting through an OpenAI-compatible server
   "rich>=13",  # progress bars, tables
   "safetensors>=0.5",

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -51,9 +52,15 @@ def sweep():
 """
 
 
-@pytest.fixture(autouse=True)
-def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
-  monkeypatch.setattr(jax, "devices", lambda *_: [jax.local_devices()[0]])
+@pytest.fixture(scope="module", autouse=True)
+def small_programs() -> Iterator[None]:
+  """One device, and programs that compile in half the time: here they run for milliseconds."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(jax, "devices", lambda *_: [jax.local_devices()[0]])
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="module")
@@ -61,9 +68,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
   """The folder of a sweep that one worker finished."""
   folder = tmp_path_factory.mktemp("sweep")
   (folder / "tiny.py").write_text(SWEEP)
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(jax, "devices", lambda *_: [jax.local_devices()[0]])
-    assert worker.work(str(folder / "tiny.py"), folder) == 5
+  assert worker.work(str(folder / "tiny.py"), folder) == 5
   return folder
 
 
