@@ -85,7 +85,7 @@ def _grids(made: page.Page, records: Sequence[Mapping[str, Any]]) -> None:
             "yaxis": {"title": {"text": "tokens a batch"}, "type": "category"}}  # fmt: skip
     charts.append((f"N = {count(params)}, T = {count(longest)}", {"data": [heat], "layout": axes}))
   if charts:
-    made.section("Learning rate x batch", "Loss of each run; dark is low.")
+    made.section("Learning rate x batch", "Loss of each run; light is low.")
     made.charts(charts, height=260)
 
 
