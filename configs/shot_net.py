@@ -7,6 +7,7 @@ Hardware: one CPU core.
 
   kling train --config configs/shot_net.py:runlocal --workdir runs/shot-local
   kling train --config configs/shot_net.py:footage=DIR --workdir runs/shot
+  python -m kling_jax.train.tasks.shot_net runs/shot kling_jax/assets/shot_net
 
 Arguments: footage = folder of videos of one shot each; runlocal shrinks everything to a CPU run of seconds.
 This file is also the schema: its keys and types are the legal ones.

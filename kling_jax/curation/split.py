@@ -91,23 +91,24 @@ class Split:
     }
 
 
-def _default(weights: str | None) -> Detector:
+def _default(weights: str | None, rate: float | None) -> Detector:
   if weights is not None:
     raise UsageError("method default takes no weights; leave --weights out or choose --method css")
-  return transitions.SmallPictures()
+  return transitions.Watcher(rate)
 
 
-def _css(weights: str | None) -> Detector:
+def _css(weights: str | None, rate: float | None) -> Detector:
   from kling_jax.curation import color_struct  # it starts JAX
 
+  del rate  # its rule counts frames
   return color_struct.Detector(color_struct.PUBLISHED if weights is None else color_struct.Weights.load(weights))
 
 
-METHODS: dict[str, Callable[[str | None], Detector]] = {"default": _default, "css": _css}
+METHODS: dict[str, Callable[[str | None, float | None], Detector]] = {"default": _default, "css": _css}
 
 
-def detector(method: str, weights: str | None = None) -> Detector:
-  """A fresh detector of a method.
+def detector(method: str, weights: str | None = None, rate: float | None = None) -> Detector:
+  """A fresh detector of a method, for a video of about `rate` frames a second.
 
   Raises:
     UsageError: an unknown method, or weights for a method that takes none.
@@ -115,7 +116,7 @@ def detector(method: str, weights: str | None = None) -> Detector:
   """
   if method not in METHODS:
     raise UsageError(f"unknown method {method!r} to split videos{nearest(method, METHODS)}")
-  return METHODS[method](weights)
+  return METHODS[method](weights, rate)
 
 
 def split(
@@ -137,10 +138,11 @@ def split(
     UsageError, WeightsError: see `detector`.
     MediaError: not one frame can be decoded; a file that is damaged midway gives what can be had.
   """
-  watcher = detector(method, weights)
+  detector(method, weights)  # what is wrong with the call is said before what is wrong with the file
   pts: list[int] = []
   size, last_duration = (0, 0), 1
   with container.open_video(video, limits) as opened:
+    watcher = detector(method, weights, float(opened.rate) if opened.rate else None)
     for stamp, frame in opened.frames():
       if not pts:
         size = picture.upright_size(frame)

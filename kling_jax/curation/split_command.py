@@ -49,15 +49,15 @@ def command(
     {"video": video, "method": method, "weights": weights, "output": output, "formats": list(formats)}
     for video in videos
   ]
-  answers: dict[int, dict[str, Any]] = {}
+  done: dict[int, dict[str, Any]] = {}
   with progress.bar("split", len(jobs)) as line:
-    for index, answer in _answers(jobs, workers):
-      answers[index] = answer
+    for index, answer in answers(jobs, workers):
+      done[index] = answer
       line.advance(1, note=pathlib.PurePath(videos[index]).name)
   for index in range(len(jobs)):
-    if "error" in answers[index]:
-      print(f"kling: {answers[index]['error']}", file=sys.stderr)
-  good = [answers[index] for index in range(len(jobs)) if "error" not in answers[index]]
+    if "error" in done[index]:
+      print(f"kling: {done[index]['error']}", file=sys.stderr)
+  good = [done[index] for index in range(len(jobs)) if "error" not in done[index]]
   if as_json:
     print(json.dumps([answer["split"] for answer in good], indent=1))
   else:
@@ -82,7 +82,7 @@ def _check_outputs(videos: Sequence[str], output: str | None, formats: Sequence[
     raise UsageError(f"two videos are called {twice!r} and would write the same files; split them one folder at a time")
 
 
-def _answers(jobs: list[dict[str, Any]], workers: int | None) -> Iterator[tuple[int, dict[str, Any]]]:
+def answers(jobs: list[dict[str, Any]], workers: int | None) -> Iterator[tuple[int, dict[str, Any]]]:
   if len(jobs) == 1 or workers == 1:
     for index, job in enumerate(jobs):
       yield index, work(job | {"threads": 0})

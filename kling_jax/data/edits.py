@@ -33,7 +33,7 @@ class Mixture:
   Attributes:
     kinds: weight of each kind of transition.
     lengths: mixed frames of a gradual transition: (least, most), drawn with a uniform logarithm; a fade has as many on
-      either side.
+      either side. choices: lengths to choose from instead, where there are any.
     hold: frames wholly of one shot, (least, most), drawn likewise.
     decoys: weight of each kind of decoy; share: of the shots that hold one (a second one half as often).
     rough: share of films with grain, pulsing quality, bars, subtitles, held frames or without colour.
@@ -43,6 +43,7 @@ class Mixture:
     default_factory=lambda: {"cut": 0.3, "dissolve": 0.27, "fade": 0.13, "wipe": 0.3}
   )
   lengths: tuple[int, int] = (3, 60)
+  choices: tuple[int, ...] = ()
   hold: tuple[int, int] = (8, 100)
   decoys: Mapping[str, float] = dataclasses.field(default_factory=lambda: dict.fromkeys(DECOYS, 1.0))
   share: float = 0.45
@@ -213,14 +214,14 @@ def _edit(
   manner = str(rng.choice(["linear", "smooth", "fast", "slow"], p=[0.6, 0.25, 0.075, 0.075]))
   if kind == "cut":
     return Edit(start, start + 1, kind)
-  length = _log_uniform(rng, *mixture.lengths)
+  length = _length(rng, mixture)
   if kind == "fade":
     white = rng.random() < 0.2
     colour = (255.0, 255.0, 255.0) if white else (0.0, 0.0, 0.0)
     if rng.random() < 0.1:
       colour = tuple((rng.random(3) * 255).tolist())
     fall = 0 if from_blank else length
-    rise = 0 if to_blank else (length if rng.random() < 0.6 else _log_uniform(rng, *mixture.lengths))
+    rise = 0 if to_blank else (length if rng.random() < 0.6 else _length(rng, mixture))
     dark = 0 if from_blank or to_blank else int(rng.choice([0, 1, 2, 6, 14], p=[0.3, 0.3, 0.15, 0.15, 0.1]))
     return Edit(start, start + fall + dark + rise + 1, kind, "", manner, draws, fall, dark, rise, colour)
   style = "plain" if rng.random() < 0.85 else "blurred"
@@ -297,6 +298,10 @@ def _finish(rng: np.random.Generator, num_frames: int, mixture: Mixture) -> Fini
     subtitles=tuple(subtitles),
     logo=int(rng.integers(2**31)) if rng.random() < 0.25 else -1,
   )
+
+
+def _length(rng: np.random.Generator, mixture: Mixture) -> int:
+  return int(rng.choice(mixture.choices)) if mixture.choices else _log_uniform(rng, *mixture.lengths)
 
 
 def _log_uniform(rng: np.random.Generator, least: int, most: int) -> int:

@@ -26,10 +26,10 @@ DESCRIPTOR = 32, 24
 SIMILAR, WIDTH = 64, 96
 CELL_DILATIONS, DILATIONS = (1, 2, 4, 8), (1, 2, 4, 8, 16)
 REACH = max(LAGS) + sum(DILATIONS) + 1  # frames on either side that an output depends on
-_PAIRS = (
-  [("across", i, j) for i, j in itertools.product(LAGS, LAGS)]
-  + [("before", i, j) for i, j in itertools.combinations(LAGS, 2)]
-  + [("after", i, j) for i, j in itertools.combinations(LAGS, 2)]
+_PAIRS = (  # of frames t + first and t + second, for the step from t to t + 1
+  [(-i, 1 + j) for i, j in itertools.product(LAGS, LAGS)]
+  + [(-j, -i) for i, j in itertools.combinations(LAGS, 2)]
+  + [(1 + i, 1 + j) for i, j in itertools.combinations(LAGS, 2)]
 )
 
 Dense = Callable[[str, Any], Any]  # (name of the layer, x) -> x @ kernel + bias
@@ -105,23 +105,21 @@ def _unit(xp: ModuleType, x: Any) -> Any:
 def similarities(xp: ModuleType, descriptor_BTC: Any) -> Any:
   """Inner products of the descriptors of frames around each step: (B, T - 1, 91).
 
-  Step t lies between frames t and t + 1; "before" are frames t - lag, "after" frames t + 1 + lag. Beyond the ends of
-  the video its first and last frame go on.
+  Step t lies between frames t and t + 1; compared are frames t - lag with t + 1 + lag, and each side within itself.
+  Beyond the ends of the video its first and last frame go on.
   """
   steps, reach = descriptor_BTC.shape[1] - 1, max(LAGS)
-  ends = [descriptor_BTC[:, :1]] * reach, [descriptor_BTC[:, -1:]] * reach
+  ends = [descriptor_BTC[:, :1]] * reach, [descriptor_BTC[:, -1:]] * (reach + 1)
   padded = xp.concatenate([*ends[0], descriptor_BTC, *ends[1]], axis=1)
-  products: dict[int, Any] = {}
-
-  def alike(first: int, second: int) -> Any:
-    """Of frames t + first and t + second, first < second, for every t."""
-    distance = second - first
-    if distance not in products:
-      products[distance] = xp.sum(padded[:, :-distance] * padded[:, distance:], axis=-1)
-    return products[distance][:, reach + first : reach + first + steps]
-
-  place = {"across": lambda i, j: (-i, 1 + j), "before": lambda i, j: (-j, -i), "after": lambda i, j: (1 + i, 1 + j)}
-  return xp.stack([alike(*place[side](i, j)) for side, i, j in _PAIRS], axis=-1)
+  firsts = np.array([first for first, _ in _PAIRS])
+  distances = np.array([second - first for first, second in _PAIRS])
+  known, column = np.unique(distances, return_inverse=True)
+  length = steps + reach + max(LAGS) + 1  # places of first frames
+  products = []
+  for distance in known.tolist():
+    product = xp.sum(padded[:, : padded.shape[1] - distance] * padded[:, distance:], axis=-1)
+    products.append(xp.pad(product, ((0, 0), (0, length)))[:, :length])
+  return xp.stack(products, axis=-1)[:, np.arange(steps)[:, None] + reach + firsts, column]
 
 
 def _over_time(xp: ModuleType, taps: Any, dilation: int) -> Any:

@@ -1,6 +1,8 @@
 """Task `shot_net`: the splitter's network learns where edited films have transitions."""
 
 import functools
+import pathlib
+import sys
 from typing import Any
 
 import jax
@@ -10,10 +12,12 @@ import optax
 from flax import nnx
 
 from kling_jax.data import edited
+from kling_jax.interop import safetensors
 from kling_jax.models import shot_net
 from kling_jax.models.shot_module import ShotNet
 from kling_jax.nn import params as params_lib
 from kling_jax.nn.params import Params
+from kling_jax.train import warm_start
 from kling_jax.train.task import Batch, Task
 
 MIDDLE_FACTOR = 4.0  # a middle weighs five times a step that is none: there is one in forty
@@ -83,4 +87,18 @@ def _looked(batch: Batch) -> Batch:
   return batch | {"histograms": np.stack([shot_net.histograms(shown) for shown in batch["thumbnails"]])}
 
 
+def export(run: str, folder: str) -> None:
+  """Writes the weights of a work directory's newest checkpoint as kling_jax/assets/shot_net holds them.
+
+  Raises:
+    WeightsError: there is no checkpoint, or it is of another model.
+  """
+  _, shapes, _ = params_lib.abstract(lambda: ShotNet(rngs=nnx.Rngs(params=jax.random.key(0))))
+  params, report = warm_start.load(pathlib.Path(run), shapes, ())
+  safetensors.write(folder, params, metadata={"step": str(report["step"])})
+
+
 TASK = ShotNetTask
+
+if __name__ == "__main__":  # python -m kling_jax.train.tasks.shot_net RUN FOLDER
+  export(*sys.argv[1:])
