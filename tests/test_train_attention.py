@@ -32,7 +32,6 @@ MASKS = {
 }
 MESHES = {
   "2": {"context": 2},
-  "4": {"context": 4},
   "8": {"context": 8},
   "4 x tensor 2": {"context": 4, "tensor": 2},
   "2 x fsdp 2 x tensor 2": {"fsdp": 2, "context": 2, "tensor": 2},
