@@ -1,4 +1,7 @@
-"""The study of arXiv 2411.17470, shrunk about 1e6-fold: six sizes of 4e3 to 9e5 parameters on `shapes-v1`, 2 cores.
+"""The study of arXiv 2411.17470 in small: six sizes of 4e3 to 9e5 parameters on `shapes-v1`, for 2 cores.
+
+Models have a thousandth of the paper's parameters, runs a 30,000th of its tokens. (At a millionth of its 8e20 FLOPs the
+grids alone would take 2 cores half a day.)
 
 Stage 1: learning rate x batch grids at the four smaller sizes, each run read at three T. Stage 2, when those have
 finished: laws of learning rate, batch and loss are fitted to them, and the two larger sizes, held out of every fit, are
@@ -9,7 +12,7 @@ same stage-1 runs give them:
   chinchilla  one learning rate and batch for every run: the ones that are best on average over stage 1
   deepseek    learning rate and batch as power laws of C alone
 
-Expected: docs/results.md. Hardware: 2 cores, no accelerator, about 20 minutes on a quiet machine.
+Expected: docs/results.md. Hardware: 2 cores, no accelerator; 1.5e13 FLOPs in the grids and about as much after them.
 
   kling sweep run shapes_tiny --workdir runs/shapes_tiny
   kling sweep status shapes_tiny --workdir runs/shapes_tiny --points points.csv
