@@ -28,28 +28,33 @@ def main(argv: Sequence[str] | None = None) -> int:
   debug = "--debug" in arguments
   try:
     args = parse([word for word in arguments if word != "--debug"])
+    args.debug = debug
     _prepare()
     return args.run(args)
-  except KlingError as error:
-    if debug:
-      traceback.print_exc()
-    print(f"kling: {type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
-    return error.exit_code
-  except KeyboardInterrupt:
-    print("kling: interrupted", file=sys.stderr)
-    return 130
   except BrokenPipeError:  # `kling split ... | head`
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
-  except Exception as error:  # noqa: BLE001  the last place that can turn a bug into a line instead of a page
-    if debug:
-      traceback.print_exc()
-    print(
-      f"kling: unexpected {type(error).__name__}: {' '.join(str(error).split())[:500]} "
-      "(this is a bug; run again with --debug for the traceback)",
-      file=sys.stderr,
-    )
-    return 1
+  except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  the last place that can turn a bug into a line
+    return report(error, debug)
+
+
+def report(error: BaseException, debug: bool = False) -> int:
+  """Prints an error as one line on standard error; returns the exit code."""
+  if isinstance(error, KeyboardInterrupt):
+    print("kling: interrupted", file=sys.stderr)
+    return 130
+  if debug:
+    traceback.print_exception(error)
+  line = " ".join(str(error).split())
+  if isinstance(error, KlingError):
+    print(f"kling: {type(error).__name__}: {line}", file=sys.stderr)
+    return error.exit_code
+  print(
+    f"kling: unexpected {type(error).__name__}: {line[:500]} "
+    "(this is a bug; run again with --debug for the traceback)",
+    file=sys.stderr,
+  )
+  return 1
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -224,16 +229,34 @@ def _encode(args: argparse.Namespace) -> int:
 def _add_train(parser: Parser) -> None:
   parser.add_argument("--config", required=True, help="file.py[:args], e.g. configs/video_dit.py:size=S,res=128")
   parser.add_argument("--workdir", required=True, help="started again with the same config, it goes on exactly")
+  parser.add_argument("--distributed", default="auto", help="auto, none, flags, tpu, slurm, kubernetes (default: auto)")
+  parser.add_argument("--coordinator", help="host:port of process 0, with --processes and --process")
+  parser.add_argument("--processes", type=int, help="processes of the job")
+  parser.add_argument("--process", type=int, help="number of this one, from 0")
+  parser.add_argument("--heartbeat", type=int, default=100, help="seconds until a silent process counts as dead")
   parser.epilog = "Override any key: --config.optimizer.lr=1e-4. Any verb: --debug shows tracebacks."
 
 
 def _train(args: argparse.Namespace) -> int:
   from kling_jax import config
+  from kling_jax.train import distributed
 
   loaded = config.load(args.config, args.overrides)
-  from kling_jax.train import loop
+  job = distributed.detect(
+    args.distributed, coordinator=args.coordinator, processes=args.processes, process=args.process
+  )
+  distributed.supervise(job, args.heartbeat)
+  try:
+    distributed.start(job, args.heartbeat)
+    from kling_jax.train import loop
 
-  summary = loop.run(loaded, args.workdir)
+    summary = loop.run(loaded, args.workdir)
+  except (Exception, KeyboardInterrupt) as error:
+    if job.count > 1:
+      distributed.end(job, report(distributed.lost(error) or error, args.debug))
+    raise
+  if job.index:
+    return 0
   state = "finished" if summary.finished else "stopped by SIGTERM, saved; run again to go on"
   print(f"{args.workdir}: step {summary.step}, loss {summary.metrics.get('loss', float('nan')):.4f}, {state}")
   return 0

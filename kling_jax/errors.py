@@ -36,6 +36,10 @@ class MeshError(KlingError):
   exit_code = 2
 
 
+class ProcessError(KlingError):
+  """A process of a job with several was lost, so that none of them can go on."""
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
   """Returns "; did you mean 'x'?" for the closest of `known`, or "; known: a, b, ..." where none is close."""
   known = sorted(known)

@@ -15,7 +15,7 @@ from kling_jax.nn import rng
 from kling_jax.train import optimizer, sharding
 from kling_jax.train.defaults import trainer
 from kling_jax.train.state import Update, ema_decay, watch
-from kling_jax.train.task import Task
+from kling_jax.train.task import Task, digests
 
 WIDTH, ROWS = 8, 8
 
@@ -245,6 +245,6 @@ def test_the_fixed_table_is_the_same_under_every_seed() -> None:
     update, _ = start(config(seed=seed))
     weights = {"kernel": jnp.ones((WIDTH, WIDTH)), "bias": jnp.zeros(WIDTH)}
     found.append(np.asarray(update.evaluate(weights, sharding.put_batch(update.mesh, batch()))))
-    table_id = update.task.table_id([batch()])
+    table_id = update.task.table_id(digests(batch()))
   np.testing.assert_array_equal(*found)
-  assert table_id == start(config(seed=0))[0].task.table_id([batch()])
+  assert table_id == start(config(seed=0))[0].task.table_id(digests(batch()))

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import re
 from collections.abc import Callable
 
 import jax
@@ -108,14 +109,34 @@ def scaled(q_BNKE: jax.Array) -> jax.Array:
   return q_BNKE * jnp.asarray(1 / math.sqrt(q_BNKE.shape[-1]), q_BNKE.dtype)
 
 
+def _einsum(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
+  return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
+
+
+_product = functools.partial(jax.custom_vjp, nondiff_argnums=(0,))(_einsum)
+
+
+def _product_backward(equation, residuals, g):
+  """The kernels' rule: the float32 gradient is rounded to the operands' dtype, or its products would be float32."""
+  a, b = residuals
+  left, right, result = re.split(",|->", equation)
+  da = _product(f"{result},{right}->{left}", g.astype(b.dtype), b)
+  db = _product(f"{result},{left}->{right}", g.astype(a.dtype), a)
+  return da.astype(a.dtype), db.astype(b.dtype)
+
+
+_product.defvjp(lambda equation, a, b: (_product(equation, a, b), (a, b)), _product_backward)
+
+
 def _reference(q_BNKE, k_BLKE, v_BLKE, mask):
+  product = _einsum if lowering.in_forward_mode() else _product
   queries, (keys, groups) = q_BNKE.shape[1], k_BLKE.shape[1:3]
   k_BLKE, v_BLKE = (jnp.repeat(x, q_BNKE.shape[2] // groups, axis=2) for x in (k_BLKE, v_BLKE))
-  scores_BKNL = jnp.einsum("bnke,blke->bknl", q_BNKE, k_BLKE, preferred_element_type=jnp.float32)
+  scores_BKNL = product("bnke,blke->bknl", q_BNKE, k_BLKE)
   visible = mask.visible(queries, keys)
   p_BKNL, inverse, _ = blockwise.softmax(scores_BKNL, None if visible is None else visible[:, None])
   p_BKNL = (p_BKNL * inverse).astype(v_BLKE.dtype)
-  return jnp.einsum("bknl,blke->bnke", p_BKNL, v_BLKE, preferred_element_type=jnp.float32).astype(q_BNKE.dtype)
+  return product("bknl,blke->bnke", p_BKNL, v_BLKE).astype(q_BNKE.dtype)
 
 
 # ---- kernels: a forward pass that also gives the logsumexp, and a backward pass that is told it --------------------

@@ -27,7 +27,9 @@ _SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
 _CALLED = re.compile(
   r"(?:calls|body|condition|to_apply|branch_computations|called_computations)=(\{[^}]*\}|%?[\w.\-]+)"
 )
-_MESH_GROUPS = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^)]*)\))?(?: \{([^}]*)\})?")
+_MESH_GROUPS = re.compile(
+  r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(((?:[^()]|\([^()]*\))*)\))?(?: \{([^}]*)\})?(?=,|\s|$)"
+)
 _IOTA_GROUPS = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _LISTED_GROUPS = re.compile(r"(?:replica_groups|source_target_pairs)=\{((?:\{[\d,]*\},?)*)\}")
 

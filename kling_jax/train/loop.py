@@ -14,8 +14,8 @@ from kling_jax import progress
 from kling_jax.config import plain
 from kling_jax.errors import DataError
 from kling_jax.nn import params as params_lib
+from kling_jax.train import allocator, peak, sharding, task, validation, warm_start, workdir
 from kling_jax.train import metrics as metrics_lib
-from kling_jax.train import peak, sharding, task, validation, warm_start, workdir
 from kling_jax.train.checkpoint import Checkpoints
 from kling_jax.train.preemption import Preemption
 from kling_jax.train.state import Update
@@ -54,17 +54,18 @@ def run(config: ml_collections.ConfigDict, folder: str | pathlib.Path) -> Summar
   # ---- Task and mesh: everything that can be refused is refused before an array is made --------------------------
   job = task.make(config)
   mesh = sharding.make_mesh(config.mesh)
+  allocator.keep_freed_memory()
   update = Update(job, mesh)
   ways = sharding.batch_ways(mesh) * config.optimizer.accumulate
-  batches = job.batches("train", jax.process_index(), jax.process_count(), ways)
-  table = validation.Table(job, ways) if config.validation.every else None
+  part, parts = sharding.data_part(mesh)
+  batches = job.batches("train", part, parts, ways)
+  table = validation.Table(job, mesh, ways) if config.validation.every else None
 
   # ---- Work directory --------------------------------------------------------------------------------------------
   folder = pathlib.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
   main = jax.process_index() == 0
-  if main:
-    workdir.claim(folder, config)
+  workdir.claim(folder, config, write=main)
   checkpoints = Checkpoints(folder, config.checkpoint)
 
   # ---- State: resume, else warm start, else random ---------------------------------------------------------------
@@ -89,7 +90,7 @@ def run(config: ml_collections.ConfigDict, folder: str | pathlib.Path) -> Summar
     "config": plain(config), "counters": dataclasses.asdict(counters), "constants": job.constants(),
     "trained": update.trained,
   }  # fmt: skip
-  step = start
+  step, failed = start, True
   with Preemption() as preemption, progress.bar(f"train {config.task}", config.steps) as bar:
     bar.advance(start)
     stream = _stream(batches, config, start)
@@ -99,9 +100,10 @@ def run(config: ml_collections.ConfigDict, folder: str | pathlib.Path) -> Summar
         _, batch = next(stream)
         log.waited(time.perf_counter() - waited)
         _profile(config.log.profile, step, folder)
-        tokens, flops = job.step_cost(_global_shapes(batch))
+        tokens, flops = job.step_cost(_global_shapes(batch, parts))
+        rows = sharding.put_batch(mesh, batch)
         with jax.transfer_guard("disallow"):
-          state, metrics = update.step(state, sharding.put_batch(mesh, batch))
+          state, metrics = update.step(state, rows)
         step += 1
         counters.tokens += tokens
         counters.flops += flops
@@ -118,11 +120,15 @@ def run(config: ml_collections.ConfigDict, folder: str | pathlib.Path) -> Summar
           checkpoints.save(step, state, meta())
         if leave:
           break
+      failed = False
     finally:
       stream.close()
-      log.flush()
-      writer.close()
-      checkpoints.close()
+      if failed and jax.process_count() > 1:
+        writer.close()  # nothing that waits for the other processes: they may be gone, or wait for this one
+      else:
+        log.flush()
+        writer.close()
+        checkpoints.close()
   return Summary(step, finished=step >= config.steps, metrics=log.last)
 
 
@@ -182,11 +188,10 @@ def _stream(
   return batches.iterate(start, threads=config.data.threads, workers=config.data.workers, stop=config.steps)
 
 
-def _global_shapes(batch: task.Batch) -> dict[str, jax.ShapeDtypeStruct]:
-  """Shapes of the global batch of which this process holds an equal slice."""
+def _global_shapes(batch: task.Batch, parts: int) -> dict[str, jax.ShapeDtypeStruct]:
+  """Shapes of the global batch of which this process holds one of `parts` equal parts."""
   return {
-    name: jax.ShapeDtypeStruct((value.shape[0] * jax.process_count(), *value.shape[1:]), value.dtype)
-    for name, value in batch.items()
+    name: jax.ShapeDtypeStruct((value.shape[0] * parts, *value.shape[1:]), value.dtype) for name, value in batch.items()
   }
 
 

@@ -17,6 +17,7 @@ from kling_jax.errors import MeshError
 from kling_jax.nn import partition, weights
 from kling_jax.train import attention
 
+HOST_MEMORY = "pinned_host"
 AXES = ("replica", "fsdp", "context", "tensor")  # from the slowest network to the fastest
 
 
@@ -46,6 +47,11 @@ class Extent(NamedTuple):
   axis: str
   what: str
   size: int
+
+
+def rows(batch: int, accumulate: int) -> list[Extent]:
+  """The rows of a micro-batch; [] where accumulation itself does not divide the batch, which the data refuses."""
+  return [] if batch % accumulate else [Extent("batch", "the rows of a micro-batch", batch // accumulate)]
 
 
 # ---- the mesh ------------------------------------------------------------------------------------------------------
@@ -202,6 +208,24 @@ def like_parameters(mesh: Mesh, tree: Any, shardings: Mapping[str, NamedSharding
   return jax.tree_util.tree_map_with_path(place, tree)
 
 
+def on_host(mesh: Mesh, tree: Any, shardings: Any) -> Any:
+  """The same shardings with arrays (not scalars) in the hosts' pinned memory.
+
+  Raises:
+    MeshError: the devices cannot address such memory.
+  """
+  device = mesh.devices.flat[0]
+  if device.platform == jax.default_backend():  # else the mesh is one to compile for, not to run on
+    kinds = [memory.kind for memory in device.addressable_memories()]
+    if HOST_MEMORY not in kinds:
+      raise MeshError(
+        f"config key 'optimizer.offload' needs {HOST_MEMORY} memory, {device.device_kind} has {', '.join(kinds)}; "
+        "set it to False"
+      )
+  move = lambda leaf, where: where.with_memory_kind(HOST_MEMORY) if leaf.ndim else where
+  return jax.tree.map(move, tree, shardings)
+
+
 # ---- batches and activations ---------------------------------------------------------------------------------------
 
 
@@ -217,8 +241,31 @@ def batch_ways(mesh: Mesh) -> int:
 
 def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
   """Moves the rows of this process onto its devices as one global array per key."""
-  sharding = batch_sharding(mesh)
-  return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in batch.items()}
+  sharding, (_, parts) = batch_sharding(mesh), data_part(mesh)
+  whole = lambda value: (value.shape[0] * parts, *value.shape[1:])
+  return {name: jax.make_array_from_process_local_data(sharding, v, whole(v)) for name, v in batch.items()}
+
+
+def data_part(mesh: Mesh) -> tuple[int, int]:
+  """(index, count): of how many equal parts of each global batch this process feeds which.
+
+  Processes whose devices hold the same rows (a sample cut over context or tensor across hosts) feed the same part.
+
+  Raises:
+    MeshError: the rows of two processes overlap without being the same.
+  """
+  ways = batch_ways(mesh)
+  held: dict[int, set[int]] = {}
+  device: Any
+  for device, (rows,) in batch_sharding(mesh).devices_indices_map((ways,)).items():
+    held.setdefault(device.process_index, set()).add(rows.start or 0)
+  parts = sorted({tuple(sorted(rows)) for rows in held.values()})
+  if sum(map(len, parts)) != ways or len(set(map(len, parts))) > 1:
+    raise MeshError(
+      f"mesh {dict(mesh.shape)}: rows of a batch cannot be shared out among {len(held)} processes; make replica x fsdp "
+      f"a multiple or a divisor of {len(held)}"
+    )
+  return parts.index(tuple(sorted(held[jax.process_index()]))), len(parts)
 
 
 @contextlib.contextmanager
@@ -240,7 +287,9 @@ def activations(
     return _place(value, [() if axis in (None, "fsdp") else (axis,) for axis in parameter_spec(axes)])
 
   def scatter(value: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
-    return _place(value, [(axis,) if axis else () for axis in parameter_spec(axes)])
+    # First the sum, then each device's part of it: asked for the part at once, XLA cuts the product over idle axes too,
+    # and then has to permute the pieces.
+    return _place(gather(value, axes), [(axis,) if axis else () for axis in parameter_spec(axes)])
 
   def _place(x: jax.Array, spec: Sequence[tuple[str, ...]]) -> jax.Array:
     for size, targets in zip(x.shape, spec, strict=True):

@@ -1,5 +1,6 @@
 """The training state and its one pure update: gradients, guard, AdamW, EMA."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -48,7 +49,6 @@ class Update:
       self.shardings["opt"] = sharding.on_host(mesh, self.abstract["opt"], self.working)
     rows = sharding.batch_sharding(mesh)
     everywhere = NamedSharding(mesh, P())
-    self.lr = jax.device_put(np.float32(config.optimizer.lr), everywhere)
     self.program = jax.jit(
       self._step,
       donate_argnums=0,
@@ -56,6 +56,10 @@ class Update:
       out_shardings=(self.shardings, everywhere),
     )
     self.evaluate = jax.jit(self._evaluate, in_shardings=(self.parameter_shardings, rows), out_shardings=everywhere)
+
+  @functools.cached_property
+  def lr(self) -> jax.Array:
+    return jax.device_put(np.float32(self.config.optimizer.lr), NamedSharding(self.mesh, P()))
 
   def step(self, state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
     """One update; consumes `state`."""
@@ -153,7 +157,9 @@ def _gradient_dtype(config: ml_collections.ConfigDict) -> Any:
   if name not in PRECISIONS:
     raise ConfigError(f"config key 'optimizer.gradient' = {name!r} is unknown{nearest(name, PRECISIONS)}")
   if name != "float32" and config.precision == "float32":
-    raise ConfigError(f"config key 'optimizer.gradient' = {name!r} needs precision = 'bfloat16', or set it to 'float32'")
+    raise ConfigError(
+      f"config key 'optimizer.gradient' = {name!r} needs precision = 'bfloat16'; or leave it"
+    )
   return PRECISIONS[name]
 
 

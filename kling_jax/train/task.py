@@ -18,6 +18,7 @@ from kling_jax import config as config_lib
 from kling_jax.errors import ConfigError, nearest
 from kling_jax.nn import params as params_lib
 from kling_jax.nn.params import Params
+from kling_jax.train.sharding import Extent
 
 Batch = dict[str, Any]
 PRECISIONS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -109,14 +110,14 @@ class Task(abc.ABC):
     del process_index, process_count, multiple_of
     return []
 
-  def table_id(self, rows: list[Batch]) -> str:
-    """Hash of the validation table: equal ids mean comparable validation losses."""
-    digest = hashlib.sha256(json.dumps(self.config.task).encode())
-    for batch in rows:
-      for name in sorted(batch):
-        digest.update(name.encode())
-        digest.update(np.ascontiguousarray(batch[name]).tobytes())
-    return digest.hexdigest()[:12]
+  def table_id(self, digests_R: np.ndarray) -> str:
+    """Hash of the validation table by its rows' `digests`, in any order: equal ids mean comparable losses."""
+    rows = b"".join(sorted(bytes(row) for row in digests_R))
+    return hashlib.sha256(json.dumps(self.config.task).encode() + rows).hexdigest()[:12]
+
+  def extents(self) -> list[Extent]:
+    """Sizes of activations that a mesh must divide, for every bucket of the data; rows are those of a micro-batch."""
+    return []
 
   def samples(self, params: Params, batch: Batch, key: jax.Array) -> np.ndarray | None:
     """Videos (B, T, H, W, 3) uint8 drawn under the conditions of `batch`; None where the task generates nothing."""
@@ -126,6 +127,13 @@ class Task(abc.ABC):
   def constants(self) -> dict[str, Any]:
     """JSON-ready values that belong to the weights and travel in every checkpoint (condition percentiles, ...)."""
     return {}
+
+
+def digests(batch: Batch) -> np.ndarray:
+  """A hash of each row of a batch, uint8 (B, 16), its number included."""
+  columns = [np.ascontiguousarray(batch[name]) for name in sorted(batch)]
+  rows = [b"".join(cell.tobytes() for cell in row) for row in zip(*columns, strict=True)]
+  return np.stack([np.frombuffer(hashlib.blake2b(row, digest_size=16).digest(), np.uint8) for row in rows])
 
 
 def names() -> list[str]:

@@ -11,7 +11,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from kling_jax import files
 from kling_jax.data import encode, grid
@@ -20,20 +21,21 @@ from kling_jax.diffusion import time as time_lib
 from kling_jax.errors import ConfigError
 from kling_jax.train import sharding
 from kling_jax.train.state import State, Update
-from kling_jax.train.task import Batch, Task
+from kling_jax.train.task import Batch, Task, digests
 
 
 class Table:
   """The rows, loaded once; each row's number fixes its time and noise, so that losses of one table_id compare."""
 
-  def __init__(self, job: Task, multiple_of: int):
+  def __init__(self, job: Task, mesh: Mesh, multiple_of: int):
     if job.config.validation.samples and jax.process_count() > 1:
       raise ConfigError(
         "config key 'validation.samples' needs a run of one process; set it to 0 and run `kling sample` on a checkpoint"
       )
     self.job = job
-    self.rows = job.validation_rows(jax.process_index(), jax.process_count(), multiple_of)
-    self.table_id = job.table_id(self.rows)
+    self.mesh = mesh
+    self.rows = job.validation_rows(*sharding.data_part(mesh), multiple_of)
+    self.table_id = job.table_id(self._all([digests(batch) for batch in self.rows]))
 
     self._layout: dict[str, np.ndarray] | None = None
 
@@ -55,11 +57,18 @@ class Table:
   def layout(self) -> dict[str, np.ndarray]:
     """What the rows are: `place` of their times in (0, 1), and `sample`, a hash that rows of one clip share."""
     if self._layout is None:
-      gather = lambda values: np.asarray(multihost_utils.process_allgather(values, tiled=True))
-      index_R = np.concatenate([gather(batch["index"]) for batch in self.rows])
-      sample_R = np.concatenate([gather(_samples(batch)) for batch in self.rows])
+      index_R = self._all([batch["index"] for batch in self.rows])
+      sample_R = self._all([_samples(batch) for batch in self.rows])
       self._layout = {"place": np.asarray(time_lib.place(index_R)), "sample": sample_R}
     return self._layout
+
+  def _all(self, parts: list[np.ndarray]) -> np.ndarray:
+    """The values of all processes' rows, in the order in which their losses come."""
+    if jax.process_count() > 1:
+      everywhere = NamedSharding(self.mesh, P())
+      whole = jax.jit(lambda x: x, out_shardings=everywhere)
+      parts = [np.asarray(whole(sharding.put_batch(self.mesh, {"rows": part})["rows"])) for part in parts]
+    return np.concatenate(parts) if parts else np.zeros((0, 16), np.uint8)
 
   def sample(self, update: Update, state: State, step: int, folder: pathlib.Path) -> None:
     """Writes `samples/<step>.mp4` and `.png` under the conditions of the first rows, where the config asks for it."""

@@ -13,6 +13,7 @@ from kling_jax.errors import ConfigError, UsageError
 # Keys that do not change what is learned, so a run may be resumed under other values.
 FREE = (
   "mesh.*",
+  "optimizer.offload",
   "attention.*",
   "log.*",
   "checkpoint.*",
@@ -23,8 +24,10 @@ FREE = (
 )
 
 
-def claim(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
+def claim(workdir: pathlib.Path, config: ml_collections.ConfigDict, write: bool = True) -> None:
   """Writes `config.json`, or compares with the one that is there.
+
+  Every process of a job compares, so that all of them refuse; one of them, with `write`, writes.
 
   A longer or shorter run under a constant learning rate is the same run; under a schedule that ends it is not.
 
@@ -42,7 +45,8 @@ def claim(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
     ]
     if lines:
       raise ConfigError(f"{workdir} was used with another config ({'; '.join(lines)}); use a new --workdir")
-  files.write_json(path, new)
+  if write:
+    files.write_json(path, new)
 
 
 def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:

@@ -27,7 +27,8 @@ from kling_jax.models.video_vae import VideoVAE, VideoVAEConfig
 from kling_jax.nn import params as params_lib
 from kling_jax.nn import rng
 from kling_jax.nn.params import Params
-from kling_jax.train import encoders
+from kling_jax.train import encoders, sharding
+from kling_jax.train.sharding import Extent
 from kling_jax.train.task import Batch, Task
 
 
@@ -97,6 +98,16 @@ class VideoDiTTask(Task):
   def codec(self, model: TextToVideo) -> latents.Codec:
     """The codec: the VAE inside `model`, or the wavelet that has no weights."""
     return cast(latents.Codec, model.codec if self.config.codec.name == "vae" else self.geometry)
+
+  def extents(self) -> list[Extent]:
+    c = self.config
+    found = [Extent("heads", "heads of the Video DiT", self.dit.heads)]
+    if c.text.encoder == "bytes":
+      found.append(Extent("heads", "heads of the text encoder", max(1, c.text.width // 64)))
+    for bucket in c.data.buckets:
+      tokens = math.prod(self.dit.grid(*self.geometry.latent_shape(*bucket)[:3]))
+      found.append(Extent("tokens", f"tokens of bucket {'x'.join(map(str, bucket))}", tokens))
+    return found + sharding.rows(c.data.batch, c.optimizer.accumulate)
 
   # ---- data --------------------------------------------------------------------------------------------------------
 

@@ -16,6 +16,8 @@ from kling_jax.models import video_vae
 from kling_jax.nn import params as params_lib
 from kling_jax.nn import rng
 from kling_jax.nn.params import Params
+from kling_jax.train import sharding
+from kling_jax.train.sharding import Extent
 from kling_jax.train.task import Batch, Task
 
 MOMENTS = "normalisation."
@@ -45,6 +47,9 @@ class VideoVAETask(Task):
 
   def lr_scale(self, path: str) -> float:
     return MOMENTS_LR if path.startswith(MOMENTS) else 1.0
+
+  def extents(self) -> list[Extent]:
+    return sharding.rows(self.config.data.batch, self.config.optimizer.accumulate)
 
   # ---- data --------------------------------------------------------------------------------------------------------
 
