@@ -9,13 +9,14 @@ import functools
 import itertools
 
 import av
+import cv2
 import numpy as np
 import safetensors.numpy
 
 from kling_jax import assets
 from kling_jax.curation.detector import Found
 from kling_jax.data.record import Transition
-from kling_jax.data.thumbnail import thumbnail
+from kling_jax.data.thumbnail import HEIGHT, WIDTH, thumbnail
 from kling_jax.models import shot_net
 
 RATE = 30.0  # frames a second that the network is used to; faster videos are looked at every second frame, or fewer
@@ -28,7 +29,7 @@ MIDDLE, APART = 0.4, 4  # probability of a middle that makes a transition; steps
 SHORT, ABRUPT = 4, 0.8  # a transition of few steps, nearly all of whose change happens at one, is a cut
 SAME, BESIDE = 0.9, 2  # likeness of the pictures that many frames beside a transition, from which they are one scene's
 BLANK_DEVIATION = 6.0  # of luma levels; flatter frames show nothing
-LUMA = 2048
+LUMA = HEIGHT * WIDTH
 
 
 @functools.cache
@@ -56,10 +57,11 @@ class Watcher:
 
   def look_at(self, shown: np.ndarray) -> None:
     """Sees the next frame as a thumbnail, uint8 (3072,)."""
-    luma = shown[:LUMA].astype(np.float32)
-    difference = np.nan if self._last is None else float(np.abs(luma - self._last).mean())
-    self._levels.append((difference, float(luma.mean()), float(luma.std())))
-    self._layouts.append(luma.reshape(8, 4, 16, 4).mean((1, 3)).astype(np.uint8).reshape(-1))
+    luma = shown[:LUMA].reshape(HEIGHT, WIDTH)
+    difference = np.nan if self._last is None else cv2.norm(luma, self._last, cv2.NORM_L1) / LUMA
+    mean, deviation = cv2.meanStdDev(luma)
+    self._levels.append((difference, mean.item(), deviation.item()))
+    self._layouts.append(cv2.resize(luma, (16, 8), interpolation=cv2.INTER_AREA).reshape(-1))
     self._last = luma
     if self._seen % self._stride == 0:
       self._waiting.append(shown)

@@ -19,7 +19,7 @@ from kling_jax.data import picture
 HEIGHT, WIDTH = 32, 64
 SIZE = HEIGHT * WIDTH * 3 // 2
 _MOST_SAMPLES = 4, 8  # rows and columns that are averaged for one value
-_SMALL = 2**16  # pixels; smaller planes are averaged whole
+_SMALL = 2**15  # pixels; smaller planes are averaged whole
 _PLANAR = {"yuv420p", "yuvj420p", "yuv422p", "yuvj422p", "yuv444p", "yuvj444p", "yuv440p", "yuvj440p", "gray"}
 
 
