@@ -1,20 +1,16 @@
-"""Where a process runs, read from recorded environments; and real jobs of 1, 2 and 4 processes on this machine."""
+"""Where a process runs, read from recorded environments; two processes that join share out a batch."""
 
-import json
 import os
 import pathlib
-import re
-import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import pytest
 
 from kling_jax.errors import UsageError
-from kling_jax.train import distributed, metrics
+from kling_jax.train import distributed
 from kling_jax.train.distributed import Job, detect
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -113,188 +109,38 @@ def test_finding_out_that_there_is_one_process_needs_no_jax() -> None:
   subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
 
 
-# ---- real jobs -----------------------------------------------------------------------------------------------------
-
-HEARTBEAT_S = 10
-STEPS = 8
-# A model of the smallest size, and a record of what every process feeds: step, rows, hash of each row.
-SCRIPT = """
-import json, sys, time
-from absl import flags; flags.FLAGS.mark_as_parsed()
-from kling_jax import cli
-from kling_jax.models import video_dit
-video_dit.PRESETS["tiny"] = video_dit.VideoDiTConfig(width=32, depth=2, heads=2, mlp_width=64)
-from kling_jax.data import pipeline
-from kling_jax.train.task import digests
-record, slow, bad = sys.argv[1], float(sys.argv[2]), int(sys.argv[3])
-iterate = pipeline.Batches.iterate
-def recorded(self, *args, **kwargs):
-  for step, batch in iterate(self, *args, **kwargs):
-    if step == bad and self.process_index == 1:
-      from kling_jax.errors import DataError
-      raise DataError("a file of this host is damaged")
-    with open(record, "a") as file:
-      for index, digest in zip(batch["index"].tolist(), digests(batch)):
-        file.write(json.dumps([step, index, digest.tobytes().hex()]) + "\\n")
-    yield step, batch
-    time.sleep(slow)
-pipeline.Batches.iterate = recorded
-sys.exit(cli.main(sys.argv[4:]))
+TWO = """
+import os, sys
+import numpy as np
+from kling_jax.train import distributed, sharding
+index, coordinator, axis = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+distributed.start(distributed.detect(coordinator=coordinator, processes=2, process=index), 10)
+import jax
+from jax.sharding import NamedSharding, PartitionSpec as P
+mesh = sharding.make_mesh({name: 2 if name == axis else 1 for name in sharding.AXES})
+part, parts = sharding.data_part(mesh)
+rows = np.split(np.arange(8, dtype=np.float32), parts)[part]
+x = sharding.put_batch(mesh, {"rows": rows})["rows"]
+with jax.transfer_guard("disallow"):
+  total = jax.jit(lambda x: (x * x).sum(), out_shardings=NamedSharding(mesh, P()))(x)
+print(part, parts, float(total))
 """
-CONFIG = {
-  "model.size": "tiny", "steps": STEPS, "log.every": 1, "checkpoint.every": 3, "validation.every": 4,
-  "validation.rows": 8, "text.tokens": 16, "text.width": 32, "data.batch": 8, "optimizer.warmup": 2,
-  "data.sources": ("worlds:shapes-v1?count=24&seed=0",), "data.validation_fraction": 0.3, "data.threads": 1,
-}  # fmt: skip
 
 
-def launch(
-  folder: pathlib.Path, processes: int, devices: int, *, slow: float = 0, bad: int = -1, mesh: str = "fsdp",
-  config: Mapping[str, object] = {},
-) -> list[subprocess.Popen]:  # fmt: skip
+@pytest.mark.parametrize(("axis", "fed"), [("fsdp", ["0 2 140.0", "1 2 140.0"]), ("context", ["0 1 140.0"] * 2)])
+def test_two_processes_share_out_a_batch(axis: str, fed: list[str]) -> None:
+  """Each its own rows where the mesh cuts rows; both the same where it cuts tokens."""
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
-    port = free.getsockname()[1]
-  environ = os.environ | {
-    "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0 "
-    "--xla_cpu_use_fusion_emitters=false"
-  }
-  sizes = {f"mesh.{axis}": 1 for axis in ("replica", "fsdp", "context", "tensor")} | {f"mesh.{mesh}": -1}
-  started = []
-  folder.mkdir(parents=True, exist_ok=True)
-  for index in range(processes):
-    words = [
-      "train",
-      "--config",
-      str(ROOT / "configs" / "video_dit.py") + ":runlocal",
-      "--workdir",
-      str(folder / "run"),
-    ]
-    words += [f"--config.{key}={value}" for key, value in (CONFIG | sizes | dict(config)).items()]
-    if processes > 1:
-      words += ["--coordinator", f"127.0.0.1:{port}", "--processes", str(processes), "--process", str(index)]
-      words += ["--heartbeat", str(HEARTBEAT_S)]
-    record = folder / f"fed-{processes}-{index}.jsonl"
-    with (folder / f"log-{processes}-{index}").open("w") as log:
-      command = [sys.executable, "-c", SCRIPT, str(record), str(slow), str(bad), *words]
-      started.append(subprocess.Popen(command, stdout=log, stderr=log, env=environ, cwd=ROOT))
-  return started
-
-
-def finish(started: Sequence[subprocess.Popen], seconds: float = 240) -> list[int]:
-  last = time.monotonic() + seconds
-  try:
-    return [process.wait(timeout=max(last - time.monotonic(), 0.1)) for process in started]
-  finally:
-    for process in started:
-      process.kill()
-
-
-def logs(folder: pathlib.Path) -> str:
-  return "\n".join(f"--- {path.name}\n{path.read_text()[-1500:]}" for path in sorted(folder.glob("log-*")))
-
-
-def train(folder: pathlib.Path, processes: int, devices: int, **options: object) -> pathlib.Path:
-  codes = finish(launch(folder, processes, devices, **options))  # type: ignore[arg-type]
-  assert codes == [0] * processes, logs(folder)
-  return folder
-
-
-def curve(folder: pathlib.Path) -> dict[int, float]:
-  return {row["step"]: row["loss"] for row in metrics.read(folder / "run" / "metrics.jsonl")}
-
-
-def fed(folder: pathlib.Path, processes: int) -> dict[int, set[tuple[int, str]]]:
-  """What went into each step, over all processes of a job of so many."""
-  found: dict[int, set[tuple[int, str]]] = {}
-  for path in folder.glob(f"fed-{processes}-*.jsonl"):
-    for line in path.read_text().splitlines():
-      step, index, digest = json.loads(line)
-      found.setdefault(step, set()).add((index, digest))
-  return found
-
-
-def wait_for_step(folder: pathlib.Path, step: int, started: Sequence[subprocess.Popen]) -> None:
-  last = time.monotonic() + 200
-  while max(curve(folder), default=0) < step:
-    assert time.monotonic() < last and all(process.poll() is None for process in started), logs(folder)
-    time.sleep(0.05)
-
-
-@pytest.fixture(scope="module")
-def one(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-  return train(tmp_path_factory.mktemp("one"), 1, 2)
-
-
-def assert_same(folder: pathlib.Path, processes: int, one: pathlib.Path) -> None:
-  ours, alone = curve(folder), curve(one)
-  assert list(ours) == list(alone) == list(range(1, STEPS + 1))
-  assert ours == pytest.approx(alone, rel=1e-5)
-  assert fed(folder, processes) == fed(one, 1)
-  rows, expected = (metrics.read(path / "run" / "metrics.jsonl")[-1] for path in (folder, one))
-  assert rows["table_id"] == expected["table_id"] and rows["tokens"] == expected["tokens"]
-  assert rows["val_loss"] == pytest.approx(expected["val_loss"], rel=1e-5)
-
-
-def test_two_processes_train_as_one(one: pathlib.Path, tmp_path: pathlib.Path) -> None:
-  train(tmp_path, 2, 1)
-  assert_same(tmp_path, 2, one)
-  assert "step 8" in (tmp_path / "log-2-0").read_text() and "step 8" not in (tmp_path / "log-2-1").read_text()
-  parts = [
-    set(json.loads(line)[1] for line in (tmp_path / f"fed-2-{n}.jsonl").read_text().splitlines()) for n in (0, 1)
+    coordinator = f"127.0.0.1:{free.getsockname()[1]}"
+  environ = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+  command = [sys.executable, "-c", TWO]
+  started = [
+    subprocess.Popen([*command, str(n), coordinator, axis], stdout=subprocess.PIPE, text=True, env=environ, cwd=ROOT)
+    for n in (0, 1)
   ]
-  assert parts == [set(range(4)), set(range(4, 8))]  # each decoded its own rows only
-
-
-@pytest.mark.drill
-def test_four_processes_train_as_one(one: pathlib.Path, tmp_path: pathlib.Path) -> None:
-  assert_same(train(tmp_path, 4, 2), 4, one)
-
-
-@pytest.mark.drill
-def test_a_sample_cut_over_processes_is_fed_to_both(one: pathlib.Path, tmp_path: pathlib.Path) -> None:
-  assert_same(train(tmp_path, 2, 1, mesh="context"), 2, one)
-
-
-@pytest.mark.drill
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_process_ends_the_job_and_fewer_go_on(one: pathlib.Path, tmp_path: pathlib.Path, victim: int) -> None:
-  started = launch(tmp_path, 2, 1, slow=0.3)
-  wait_for_step(tmp_path, 5, started)
-  started[victim].send_signal(signal.SIGKILL)
-  killed = time.monotonic()
-  other = started[1 - victim]
-  assert other.wait(timeout=3 * HEARTBEAT_S) == 1, logs(tmp_path)
-  assert time.monotonic() - killed < 2 * HEARTBEAT_S
-  finish(started)
-  last = (tmp_path / f"log-2-{1 - victim}").read_text().strip().splitlines()[-1]
-  assert re.match(r"kling: ProcessError: .*goes on from the last checkpoint", last), last
-  train(tmp_path, 1, 1)
-  assert curve(tmp_path) == pytest.approx(curve(one), rel=1e-5)
-  resumed, alone = fed(tmp_path, 1), fed(one, 1)
-  assert min(resumed) == 3 and all(resumed[step] == alone[step] for step in resumed)
-
-
-@pytest.mark.drill
-def test_sigterm_to_one_process_saves_on_all_and_exits_with_zero(one: pathlib.Path, tmp_path: pathlib.Path) -> None:
-  started = launch(tmp_path, 2, 1, slow=0.3)
-  wait_for_step(tmp_path, 2, started)
-  started[1].send_signal(signal.SIGTERM)
-  assert finish(started) == [0, 0], logs(tmp_path)
-  assert 2 < max(curve(tmp_path)) < STEPS
-  assert "stopped by SIGTERM" in (tmp_path / "log-2-0").read_text()
-  train(tmp_path, 4, 1)
-  assert curve(tmp_path) == pytest.approx(curve(one), rel=1e-5)
-
-
-@pytest.mark.drill
-def test_a_failure_of_one_host_ends_all(tmp_path: pathlib.Path) -> None:
-  started = launch(tmp_path, 2, 1, bad=4)
-  began = time.monotonic()
-  assert finish(started) == [1, 1], logs(tmp_path)
-  assert time.monotonic() - began < 120
-  assert "DataError: a file of this host is damaged" in (tmp_path / "log-2-1").read_text()
-  assert "kling: ProcessError" in (tmp_path / "log-2-0").read_text()
+  answers = [process.communicate(timeout=120)[0] for process in started]
+  assert [answer.strip().splitlines()[-1] for answer in answers] == fed
 
 
 def test_constants_are_those_of_the_command_line() -> None:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import itertools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -29,7 +28,6 @@ TOKENS = 3 * (SIDE // 2) ** 2  # one context frame and two that are predicted
 
 # Programs here run once: the CPU compiler's slow passes are left out (a third of the time).
 QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-SHAPES_OF_8 = [sizes for sizes in itertools.product((1, 2, 4, 8), repeat=4) if math.prod(sizes) == 8]
 
 
 class Whole(nnx.Module):
