@@ -50,8 +50,7 @@ def report(error: BaseException, debug: bool = False) -> int:
     print(f"kling: {type(error).__name__}: {line}", file=sys.stderr)
     return error.exit_code
   print(
-    f"kling: unexpected {type(error).__name__}: {line[:500]} "
-    "(this is a bug; run again with --debug for the traceback)",
+    f"kling: unexpected {type(error).__name__}: {line[:500]} (this is a bug; run again with --debug for the traceback)",
     file=sys.stderr,
   )
   return 1

@@ -28,9 +28,7 @@ def trainer() -> ml_collections.ConfigDict:
   opt.weight_decay = 0.0  # decoupled, on matrices only
   opt.clip = 1.0  # global gradient norm; 0 = off
   opt.accumulate = 1  # micro-batches per update
-  opt.gradient = (
-    "float32"  # in which devices add their kernels' gradients; bfloat16: half the bytes, rounded sums
-  )
+  opt.gradient = "float32"  # in which devices add their kernels' gradients; bfloat16: half the bytes, rounded sums
   opt.offload = False  # moments in the hosts' memory between updates: 8 bytes less a parameter, more time a step
 
   c.ema = ml_collections.ConfigDict()

@@ -157,9 +157,7 @@ def _gradient_dtype(config: ml_collections.ConfigDict) -> Any:
   if name not in PRECISIONS:
     raise ConfigError(f"config key 'optimizer.gradient' = {name!r} is unknown{nearest(name, PRECISIONS)}")
   if name != "float32" and config.precision == "float32":
-    raise ConfigError(
-      f"config key 'optimizer.gradient' = {name!r} needs precision = 'bfloat16'; or leave it"
-    )
+    raise ConfigError(f"config key 'optimizer.gradient' = {name!r} needs precision = 'bfloat16'; or leave it")
   return PRECISIONS[name]
 
 
