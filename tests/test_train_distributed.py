@@ -143,6 +143,20 @@ def test_two_processes_share_out_a_batch(axis: str, fed: list[str]) -> None:
   assert [answer.strip().splitlines()[-1] for answer in answers] == fed
 
 
+LOST = [
+  ValueError("UNKNOWN: Gloo all-reduce failed: [pair.cc:538] Read error [127.0.0.1]:11996: Connection reset by peer"),
+  RuntimeError("UNAVAILABLE: The following tasks are unhealthy (stopped sending heartbeats):\n1"),
+]
+OTHERS = [ValueError("RESOURCE_EXHAUSTED: Out of memory"), UsageError("Connection closed by peer"), KeyboardInterrupt()]
+
+
+def test_lost_processes_are_told_from_other_errors() -> None:
+  for error in LOST:
+    found = distributed.lost(error)
+    assert found is not None and "goes on from the last checkpoint" in str(found)
+  assert [distributed.lost(error) for error in OTHERS] == [None] * 3
+
+
 def test_constants_are_those_of_the_command_line() -> None:
   from kling_jax import cli
 

@@ -284,10 +284,11 @@ def supervise(job: Job, heartbeat_s: int = HEARTBEAT_S) -> None:
 
 def lost(error: BaseException) -> ProcessError | None:
   """What an error of JAX's runtime means in a job of several: that others are gone, or (None) something else."""
-  if type(error).__name__ not in ("JaxRuntimeError", "XlaRuntimeError"):
-    return None
   text = " ".join(str(error).split())
-  if not re.search(r"gloo|connection (closed|reset)|heartbeat|coordination|barrier|unhealthy", text, re.IGNORECASE):
+  # JAX raises these as JaxRuntimeError or, where a program is started, as ValueError.
+  if not isinstance(error, (ValueError, RuntimeError)) or not re.search(
+    r"Gloo \S+ failed|Connection (closed|reset) by peer|CoordinationService|stopped sending heartbeats", text
+  ):
     return None
   return ProcessError(
     f"contact to another process of the job was lost ({text[:200]}); start the job again, on any number of processes: "
