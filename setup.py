@@ -35,12 +35,14 @@ EXTRAS = {
   "tpu": ["jax[tpu]"],
   "cuda": ["jax[cuda13]"],
   "sweep": ["matplotlib>=3.9"],  # plots of scaling laws
+  "caption": ["tokenizers>=0.20"],  # token counts of a text encoder's own tokenizer
   "ray": ["ray[data]>=2.40"],  # curation and sweeps on many machines
   "eval": ["scikit-image>=0.24"],  # independent references of the metrics
   "bench": ["torch>=2.4", "scenedetect-headless>=0.7"],  # the other side of the benchmarks
 }
 EXTRAS["test"] = (
-  EXTRAS["demo"]
+  EXTRAS["caption"]
+  + EXTRAS["demo"]
   + EXTRAS["eval"]
   + EXTRAS["sweep"]
   + [
@@ -54,6 +56,7 @@ EXTRAS["test"] = (
     "pytest-xdist>=3.6",
     "ruff>=0.6",
     "types-requests",
+    "webdataset>=1.0",  # reads our tars back
   ]
 )
 

@@ -43,6 +43,8 @@ def records(draw: st.DrawFn) -> record.ClipRecord:
     camera=draw(TEXT),
     caption=draw(TEXT),
     caption_tokens=draw(st.integers(0, 500)),
+    caption_part_tokens=tuple(draw(st.lists(st.integers(0, 500), max_size=6))),
+    captioner=draw(TEXT),
     scores=draw(st.dictionaries(TEXT, st.builds(Score, NUMBERS, TEXT, TEXT), max_size=3)),
     vtss=draw(st.none() | st.floats(1, 5)),
     transitions=tuple(record.Transition(min(a, b), max(a, b), kind, sure) for a, b, kind, sure in edges),
@@ -97,7 +99,8 @@ def test_layout_is_the_contract() -> None:
     "clip_id video_id index cut_before prev_clip_id source start_pts end_pts time_base start_s end_s fps width "
   )
   contract += "height num_frames subject action environment visual camera world caption caption_tokens scores vtss "
-  contract += "transitions status status_reason salvaged"
+  contract += "transitions status status_reason salvaged "
+  contract += "caption_part_tokens caption_tokenizer captioner caption_model caption_prompt"
   assert set(contract.split()) <= set(header)
 
 

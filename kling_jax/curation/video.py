@@ -17,7 +17,7 @@ import numpy as np
 
 from kling_jax import errors, files, measure
 from kling_jax.curation import split as split_lib
-from kling_jax.data import container, decode, encode, folder, quarantine, reasons, record
+from kling_jax.data import caption, container, decode, encode, folder, quarantine, reasons, record
 from kling_jax.data.record import ClipRecord, Transition
 
 GRADUAL_MARGIN = 2  # frames beside a gradual transition that are trimmed too: its ends are known to about two frames
@@ -151,11 +151,11 @@ def _curate(
         index=index,
         cut_before=piece.cut_before,
         prev_clip_id=ids[-1] if ids else "",
-        caption=captions.of(path, name, span),
         scores=scores,
         transitions=piece.transitions,
         salvaged=bool(video.damage or verdict.detail),
       )
+      clip = caption.put(clip, captions.of(path, name, span))
       data = record.pack(clip, media)
       out.write(_LENGTH.pack(len(data)) + data)
       ids.append(clip.clip_id)

@@ -30,7 +30,14 @@ _SCORE = pa.struct([("value", pa.float64()), ("scorer", pa.string()), ("version"
 _TRANSITION = pa.struct(
   [("start_frame", pa.int64()), ("end_frame", pa.int64()), ("kind", pa.string()), ("confidence", pa.float64())]
 )
-_TYPES = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_(), float | None: pa.float64()}
+_TYPES = {
+  str: pa.string(),
+  int: pa.int64(),
+  float: pa.float64(),
+  bool: pa.bool_(),
+  float | None: pa.float64(),
+  tuple[int, ...]: pa.list_(pa.int64()),
+}
 
 
 def _schema() -> pa.Schema:
@@ -47,6 +54,9 @@ def _schema() -> pa.Schema:
 
 
 SCHEMA = _schema()
+# What the header fields that came after the first release of the format are where they are missing.
+_YOUNGER = ("caption_part_tokens", "caption_tokenizer", "captioner", "caption_model", "caption_prompt")
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(ClipRecord) if field.name in _YOUNGER}
 
 
 def to_row(clip: ClipRecord, shard: str, position: int) -> dict[str, typing.Any]:
@@ -54,6 +64,7 @@ def to_row(clip: ClipRecord, shard: str, position: int) -> dict[str, typing.Any]
   row = dataclasses.asdict(clip)
   row["scores"] = list(row["scores"].items())
   row["transitions"] = list(row["transitions"])
+  row["caption_part_tokens"] = list(row["caption_part_tokens"])
   row |= {
     "videoID": f"{clip.video_id}_{clip.index}",
     "url": clip.source,
@@ -110,10 +121,14 @@ class Index:
     except (KeyError, TypeError, ValueError, OSError) as error:  # pyarrow's errors are ValueErrors and OSErrors
       mend = "is it a set of this project? `records.reindex(folder, recipe)` rebuilds the table from the records"
       raise errors.DataError(f"{path}: no table of a clip set ({type(error).__name__}: {error}); {mend}") from error
-    if table.schema.names != SCHEMA.names:
-      odd = set(table.schema.names) ^ set(SCHEMA.names)
-      raise errors.DataError(f"{path}: its columns differ from this release's in {', '.join(sorted(odd)) or 'order'}")
-    return cls(folder, table.replace_schema_metadata(None).cast(SCHEMA), recipe, shards)
+    odd = set(table.schema.names) - set(SCHEMA.names) | set(SCHEMA.names) - set(table.schema.names) - set(_DEFAULTS)
+    if odd or len(set(table.schema.names)) != len(table.schema.names):
+      raise errors.DataError(f"{path}: its columns differ from this release's in {', '.join(sorted(odd)) or 'number'}")
+    for name in SCHEMA.names:  # a field that is younger than the set
+      if name not in table.schema.names:
+        table = table.append_column(name, pa.array([_DEFAULTS[name]] * len(table), SCHEMA.field(name).type))
+    table = table.select(SCHEMA.names).replace_schema_metadata(None).cast(SCHEMA)
+    return cls(folder, table, recipe, shards)
 
   def clip(self, row: int) -> ClipRecord:
     return from_row(self.table.slice(row, 1).to_pylist()[0])

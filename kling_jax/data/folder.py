@@ -14,6 +14,7 @@ import numpy as np
 
 from kling_jax import errors, progress
 from kling_jax.data import decode, quarantine, record
+from kling_jax.data.caption import Caption
 from kling_jax.data.columns import read_table
 from kling_jax.data.source import ClipInfo
 
@@ -79,9 +80,10 @@ class FolderSource(FileClips):
   Every file is walked once when the source is made (headers, packets, one frame), so that broken files are known
   before training starts. Files and folders whose names start with a dot are skipped, links to folders not followed.
 
-  Captions, first found first taken: `name.txt`; `name.json` with a key "caption" (or Koala's six fields, joined);
-  `captions.csv` or `captions.jsonl` in the top folder, with columns `file` (relative path) and `caption`, and `start_s`
-  and `end_s` (seconds) where a row speaks for a span. A video without any has an empty caption.
+  Captions, first found first taken: `name.txt`; `name.json` with a key "caption" or Koala's six fields (`caption.merge`
+  joins them); `captions.csv` or `captions.jsonl` in the top folder, with columns `file` (relative path), `caption` or
+  the six fields, and `start_s` and `end_s` (seconds) where a row speaks for a span. A video without any has an empty
+  caption.
 
   Args:
     folder: the top folder.
@@ -113,7 +115,7 @@ class FolderSource(FileClips):
     for path, verdict in verdicts.items():
       if verdict.outcome != "quarantine" and verdict.info is not None:
         name = os.path.relpath(path, top).replace(os.sep, "/")
-        clips.append(FileClip(path, whole_file(path, verdict.info, name, captions.of(path, name))))
+        clips.append(FileClip(path, whole_file(path, verdict.info, name, captions.of(path, name).text)))
     refused = [verdict for verdict in verdicts.values() if verdict.outcome == "quarantine"]
     super().__init__(clips, f"folder {os.fspath(folder)!r}", refused)
 
@@ -193,30 +195,30 @@ class Captions:
     top: the folder, or a table to be read in place of its caption table; paths start from the table's folder.
 
   Raises:
-    DataError: two caption tables, or one without the columns `file` and `caption`.
+    DataError: two caption tables, or one without the columns `file` and `caption` (or one of the six parts).
   """
 
   def __init__(self, top: str | os.PathLike[str]):
-    self._rows: dict[str, list[tuple[float, float, str]]] = {}
+    self._rows: dict[str, list[tuple[float, float, Caption]]] = {}
     found = [path for path in (pathlib.Path(top) / name for name in CAPTION_TABLES) if path.is_file()]
     if pathlib.Path(top).is_file():
       found = [pathlib.Path(top)]
     if len(found) > 1:
       raise errors.DataError(f"{top}: both {' and '.join(CAPTION_TABLES)}; keep one")
     for path in found:
-      table = read_table(path)
-      missing = {"file", "caption"} - set(table.column_names)
-      if missing:
+      table = read_table(path, ("file", "caption", *record.CAPTION_FIELDS))
+      if "file" not in table.column_names or not {"caption", *record.CAPTION_FIELDS} & set(table.column_names):
         names = ", ".join(table.column_names)
         raise errors.DataError(f"{path}: wants the columns file and caption; it has {names}")
       for row in table.to_pylist():
         if row["file"]:
-          text = (row["caption"] or "").strip()
-          spanned = (_seconds(path, row, "start_s", 0.0), _seconds(path, row, "end_s", math.inf), text)
+          parts = {name: row.get(name) or "" for name in record.CAPTION_FIELDS}
+          said = Caption(**parts, text=row.get("caption") or "", captioner="sidecar", model=path.name)
+          spanned = (_seconds(path, row, "start_s", 0.0), _seconds(path, row, "end_s", math.inf), said)
           self._rows.setdefault(str(pathlib.PurePosixPath(row["file"])), []).append(spanned)
 
-  def of(self, path: str, name: str, span: tuple[float, float] | None = None) -> str:
-    """The caption of the video at `path`, known as `name` below the top folder; "" where there is none.
+  def of(self, path: str, name: str, span: tuple[float, float] | None = None) -> Caption:
+    """The caption of the video at `path`, known as `name` below the top folder; empty where there is none.
 
     Args:
       span: (start, end) seconds from the video's start. The row of the table that covers most of it speaks for it, if
@@ -225,16 +227,20 @@ class Captions:
     beside = pathlib.Path(path)
     text, values = beside.with_suffix(".txt"), beside.with_suffix(".json")
     if text.is_file():
-      return _read(text).strip()
+      return _sidecar(text, _read(text))
     if values.is_file():
       return _from_json(values)
     rows = self._rows.get(name, [])
     if span is None:
-      return " ".join(dict.fromkeys(caption for _, _, caption in sorted(rows) if caption))
+      found = [caption for _, _, caption in sorted(rows, key=lambda row: row[:2]) if caption]
+      if len(found) <= 1:
+        return found[0] if found else Caption()
+      joined = " ".join(dict.fromkeys(caption.text for caption in found))
+      return Caption(text=joined, captioner="sidecar", model=found[0].model)
     start, end = span
     covered = [(min(end, row_end) - max(start, row_start), caption) for row_start, row_end, caption in rows]
-    length, caption = max(covered, default=(0.0, ""), key=lambda item: item[0])
-    return caption if length >= (end - start) / 2 else ""
+    length, caption = max(covered, default=(0.0, Caption()), key=lambda item: item[0])
+    return caption if caption and length >= (end - start) / 2 else Caption()
 
 
 def _seconds(path: pathlib.Path, row: dict[str, typing.Any], column: str, missing: float) -> float:
@@ -247,17 +253,22 @@ def _seconds(path: pathlib.Path, row: dict[str, typing.Any], column: str, missin
     raise errors.DataError(f"{path}: {column} of {row['file']!r} is {value!r}; wants seconds") from error
 
 
-def _from_json(path: pathlib.Path) -> str:
+def _from_json(path: pathlib.Path) -> Caption:
   try:
     values: typing.Any = json.loads(_read(path))
   except (ValueError, RecursionError) as error:
     raise errors.DataError(f"{path}: no JSON ({error}); mend or remove this caption file") from error
-  parts = [values] if isinstance(values, str) else []
-  if isinstance(values, dict):
-    parts = [values["caption"]] if "caption" in values else [values.get(f, "") for f in record.CAPTION_FIELDS]
-  if not parts or not all(isinstance(part, str) for part in parts):
+  held = {"caption": values} if isinstance(values, str) else values
+  names = ("caption", *record.CAPTION_FIELDS)
+  parts = {name: held[name] for name in names if name in held} if isinstance(held, dict) else {}
+  if not parts or not all(isinstance(part, str) for part in parts.values()):
     raise errors.DataError(f'{path}: wants {{"caption": "..."}} or the fields {", ".join(record.CAPTION_FIELDS)}')
-  return " ".join(part.strip() for part in parts if part.strip())
+  return _sidecar(path, parts.pop("caption", ""), parts)
+
+
+def _sidecar(path: pathlib.Path, text: str, parts: dict[str, str] | None = None) -> Caption:
+  caption = Caption(**(parts or {}), text=text, captioner="sidecar", model=path.suffix[1:])
+  return caption if caption else Caption()
 
 
 def _read(path: pathlib.Path) -> str:

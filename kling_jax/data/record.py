@@ -57,6 +57,9 @@ class ClipRecord:
     fps, width, height, num_frames: of the media in this record.
     subject, action, environment, visual, camera, world: caption fields; empty where there are none.
     caption: the merged caption; caption_tokens: its token count (0: not counted).
+    caption_part_tokens: token counts of the six fields, in their order; () where nothing was counted.
+    caption_tokenizer: who counted; captioner, caption_model, caption_prompt: who wrote the caption, with which model or
+      version, asked what (a digest); all empty where it is not known.
     scores: raw scores by name; vtss: video training suitability score, 1 to 5, or None.
     transitions: what was trimmed at the clip's edges.
     status, status_reason: kept or dropped, and why; only `select` drops.
@@ -93,6 +96,11 @@ class ClipRecord:
   status: str = "kept"
   status_reason: str = ""
   salvaged: bool = False
+  caption_part_tokens: tuple[int, ...] = ()
+  caption_tokenizer: str = ""
+  captioner: str = ""
+  caption_model: str = ""
+  caption_prompt: str = ""
 
   def __post_init__(self) -> None:
     tick = _time_base(self.time_base)
@@ -108,6 +116,7 @@ class ClipRecord:
       (min(self.width, self.height, self.num_frames) < 1, "width, height and num_frames must be at least 1"),
       (self.fps <= 0, f"fps must be above 0, not {self.fps}"),
       (min(self.index, self.caption_tokens) < 0, "index and caption_tokens must be at least 0"),
+      (min(self.caption_part_tokens, default=0) < 0, "caption_part_tokens must be at least 0"),
       (self.status not in STATUSES, f"status {self.status!r}: legal are {', '.join(STATUSES)}"),
     ]
     for wrong, why in problems:
@@ -274,6 +283,8 @@ def _checked(name: str, value: typing.Any) -> typing.Any:
     return None if value is None else _number(name, value)
   if name == "scores":
     return {_text("scores", key): _score(key, score) for key, score in _of(name, value, dict).items()}
+  if name == "caption_part_tokens":
+    return tuple(_integer(name, item) for item in _of(name, value, list))
   if name == "transitions":
     return tuple(_transition(item) for item in _of(name, value, list))
   return _text(name, value)
