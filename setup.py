@@ -22,12 +22,13 @@ REQUIRED = [
   "orbax-checkpoint>=0.12.8",
   "pyarrow>=17",
   "pyyaml>=6",  # manifests of Kubernetes jobs
-  "requests>=2.31",  # prompt rewriting through an OpenAI-compatible server
+  "requests>=2.32",  # OpenAI-compatible servers (captions, prompt rewriting), downloads
   "rich>=13",  # progress bars, tables
   "safetensors>=0.5",
   "scipy>=1.14",  # L-BFGS, Student's t
   "threadpoolctl>=3.5",  # one BLAS thread where matrices are tiny
   "tensorflow-datasets>=4.9.10",  # no TensorFlow: tfds.data_source on ArrayRecord
+  "urllib3>=2.2",  # under requests; bodies as they come
 ]
 
 EXTRAS = {

@@ -53,7 +53,7 @@ def test_the_answer_replaces_the_prompt(server, monkeypatch: pytest.MonkeyPatch)
     (500, "busy", UsageError, "500"),
     (200, "not json", DataError, "did not answer in JSON"),
     (200, '{"choices": []}', DataError, "without choices"),
-    (200, '{"choices": [{"message": {"content": "  "}}]}', DataError, "empty caption"),
+    (200, '{"choices": [{"message": {"content": "  "}}]}', DataError, "empty text"),
   ],
 )
 def test_bad_answers_are_clear_errors(server, status: int, answer: str, error: type, message: str) -> None:
