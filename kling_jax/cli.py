@@ -189,6 +189,24 @@ def _curate(args: argparse.Namespace) -> int:
   return 0
 
 
+def _add_caption(parser: Parser) -> None:
+  from kling_jax.curation import caption_command  # flags only, nothing heavy
+
+  caption_command.add(parser)
+  _add_json(parser)
+
+
+def _caption(args: argparse.Namespace) -> int:
+  from kling_jax.curation import caption_command
+
+  summary = caption_command.run(args)
+  if args.json:
+    _print_json(summary.to_json())
+  else:
+    print(summary.text())
+  return 1 if summary.failed else 0
+
+
 # ---- data ----------------------------------------------------------------------------------------------------------
 
 
@@ -356,6 +374,7 @@ VERBS: dict[str, tuple[Callable[[Parser], None], Run, str]] = {
   "doctor": (_add_json, _doctor, "What this machine can run, and what each extra would add."),
   "split": (_add_split, _split, "Transitions and shots of videos."),
   "curate": (_add_curate, _curate, "Raw videos to a scored, selected clip set."),
+  "caption": (_add_caption, _caption, "Captions in six parts for a clip set or loose videos."),
   "data": (_add_data, _data, "Integrity of a clip set."),
   "encode": (_add_encode, _encode, "Latents and text of a clip set into caches."),
   "train": (_add_train, _train, "Train any task of any config."),

@@ -120,6 +120,21 @@ class FolderSource(FileClips):
     super().__init__(clips, f"folder {os.fspath(folder)!r}", refused)
 
 
+def one_file(path: str | os.PathLike[str], limits: decode.Limits = decode.DEFAULT_LIMITS) -> FileClips:
+  """One video as a source of one clip, with the caption beside it.
+
+  Raises:
+    DataError: it cannot be used.
+  """
+  path = os.fspath(path)
+  verdict = admit([path], None, limits=limits)[path]
+  clips = []
+  if verdict.outcome != "quarantine" and verdict.info is not None:
+    name, top = os.path.basename(path), os.path.dirname(path)
+    clips = [FileClip(path, whole_file(path, verdict.info, name, Captions(top).of(path, name).text))]
+  return FileClips(clips, f"video {path!r}", [] if clips else [verdict])
+
+
 def find_videos(top: str | os.PathLike[str]) -> list[str]:
   """Paths below `top` that end like videos, sorted by relative path.
 
