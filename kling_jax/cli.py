@@ -161,15 +161,15 @@ def _add_curate(parser: Parser) -> None:
   parser.add_argument("--min_side", type=int, help="smallest shorter side of a video in pixels (default: 32)")
   parser.add_argument("--short_side", type=int, help="clips are shrunk to it; 0 keeps the source's size (default: 720)")
   parser.add_argument("--crf", type=float, help="H.264 quality of the clips (default: 18)")
-  parser.add_argument("--keep", action="append", metavar="RANGE",
-                      help="score range of kept clips, e.g. 'motion>=0.01'; repeat for others")  # fmt: skip
+  parser.add_argument("--keep", action="append", metavar="RULE",
+                      help="what is kept, e.g. 'motion >= 0.01'; repeat for others (see `kling select`)")  # fmt: skip
   parser.add_argument("--seconds_per_video", type=float, help="longer ones are quarantined as timeout (default: 3600)")
   parser.add_argument("--no_report", action="store_true", help="write no report page")
   _add_json(parser)
 
 
 def _curate(args: argparse.Namespace) -> int:
-  from kling_jax.curation import curate, select
+  from kling_jax.curation import curate, rules
   from kling_jax.curation.video import Recipe
 
   names = ("min_seconds", "max_seconds", "min_side", "short_side", "crf")
@@ -178,7 +178,7 @@ def _curate(args: argparse.Namespace) -> int:
     given["short_side"] = None
   changes: dict[str, Any] = {"recipe": Recipe(**given), "workers": args.workers, "report": not args.no_report}
   if args.keep:
-    changes["thresholds"] = dict(map(select.parse_threshold, args.keep))
+    changes["rules"] = rules.parse_all(args.keep)
   if args.seconds_per_video is not None:
     changes["seconds_per_video"] = args.seconds_per_video
   funnel = curate.curate(args.input, args.output, curate.Options(**changes))
@@ -187,6 +187,30 @@ def _curate(args: argparse.Namespace) -> int:
   else:
     print(funnel.text())
   return 0
+
+
+def _add_select(parser: Parser) -> None:
+  parser.add_argument("--input", required=True, help="clip set; with --what_if also a table (.parquet, .csv, .jsonl)")
+  parser.add_argument("--keep", action="append", default=[], metavar="RULE",
+                      help="what is kept, e.g. 'vtss >= 2.5', 'slow: quantile(motion, 0.05) <= motion', "
+                      "'cap(100, source)'; repeat for others, tried in order")  # fmt: skip
+  parser.add_argument("--rules", metavar="FILE", help="JSON list of rules: 'name: expression' or {name, keep}")
+  parser.add_argument("--preset", action="append", default=[], help="published rules: cosmos, datajuicer, koala, ...")
+  parser.add_argument("--without", action="append", default=[], metavar="NAME", help="rule of a preset to leave out")
+  parser.add_argument("--seed", type=int, help="of balancing (default: that of the last time, or 0)")
+  parser.add_argument("--what_if", action="store_true", help="only print what the rules would do")
+  parser.add_argument("--explain", metavar="CLIP_ID", help="only print what every rule says of one clip")
+  parser.add_argument("--weights", metavar="TEMPER", help="write sampling weights, e.g. 'temper(0.5, source)'")
+  _add_json(parser)
+
+
+def _select(args: argparse.Namespace) -> int:
+  from kling_jax.curation import select_command
+
+  return select_command.run(
+    args.input, keep=args.keep, file=args.rules, presets=args.preset, without=args.without, seed=args.seed,
+    what_if=args.what_if, explain=args.explain, weights=args.weights, as_json=args.json,
+  )  # fmt: skip
 
 
 def _add_caption(parser: Parser) -> None:
@@ -374,6 +398,7 @@ VERBS: dict[str, tuple[Callable[[Parser], None], Run, str]] = {
   "doctor": (_add_json, _doctor, "What this machine can run, and what each extra would add."),
   "split": (_add_split, _split, "Transitions and shots of videos."),
   "curate": (_add_curate, _curate, "Raw videos to a scored, selected clip set."),
+  "select": (_add_select, _select, "Which clips of a set are kept, by rules; or what rules would do."),
   "caption": (_add_caption, _caption, "Captions in six parts for a clip set or loose videos."),
   "data": (_add_data, _data, "Integrity of a clip set."),
   "encode": (_add_encode, _encode, "Latents and text of a clip set into caches."),

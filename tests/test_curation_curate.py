@@ -16,8 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kling_jax.curation import curate, video
-from kling_jax.curation.select import Threshold
+from kling_jax.curation import curate, rules, select, video
 from kling_jax.curation.split import Shot, Split
 from kling_jax.data import conditions, films, records, verify
 from kling_jax.data.record import Transition
@@ -118,13 +117,13 @@ def test_new_videos_are_added_and_other_thresholds_applied(footage, curated, tmp
   first = curate.curate(source, output, OPTIONS)
   before = contents(output)
   shutil.copy(footage / "film-001.mp4", source / "b.mp4")
-  strict = dataclasses.replace(OPTIONS, thresholds={"motion": Threshold(most=-1.0)})
+  strict = dataclasses.replace(OPTIONS, rules=rules.parse_all(["motion <= -1"]))
   second = curate.curate(source, output, strict)
   after = contents(output)
-  assert second.clips > first.clips and second.kept == 0 and second.dropped == {"motion above -1": second.clips}
+  assert second.clips > first.clips and second.kept == 0 and second.dropped == {"motion": second.clips}
   assert [(h.clip_id, m) for h, m in after[: len(before)]] == [(h.clip_id, m) for h, m in before]
   assert not (output / "conditions.json").exists()  # no kept clip, no percentiles
-  third = curate.curate(source, output, OPTIONS)
+  third = curate.curate(source, output, dataclasses.replace(OPTIONS, rules=select.DEFAULT_RULES))
   assert third.kept == third.clips - sum(third.dropped.values()) > 0
 
 
@@ -173,7 +172,7 @@ def test_refusals_are_one_clear_error_each(footage, curated, tmp_path):
 
 RUN = """
 import sys
-from kling_jax.curation import curate, video
+from kling_jax.curation import curate, rules, select, video
 recipe = video.Recipe(min_seconds=0.5, max_seconds=1.5, min_side=16)
 curate.curate(sys.argv[1], sys.argv[2], curate.Options(recipe=recipe, workers=2, report=False))
 """

@@ -10,7 +10,7 @@ import pathlib
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from kling_jax import files, progress
@@ -18,12 +18,12 @@ from kling_jax.curation import engine, report, select
 from kling_jax.curation import split as split_lib
 from kling_jax.curation import video as video_lib
 from kling_jax.curation.funnel import Funnel
+from kling_jax.curation.rules import Rule
 from kling_jax.curation.video import Recipe
-from kling_jax.data import clip_table, columns, conditions, folder, quarantine, record, records
+from kling_jax.data import clip_table, columns, folder, quarantine, record, records
 from kling_jax.errors import ConfigError, DataError, UsageError, nearest
 
 STAGING, JOURNAL, OPTIONS = "work", "videos.jsonl", "curation.json"
-CONDITIONS = ("motion", "aesthetic", "clarity", "vtss")
 _REASONS = {"died": "decode_error", "memory": "out_of_memory", "deadline": "timeout", "raised": "decode_error"}
 
 
@@ -33,14 +33,14 @@ class Options:
 
   Attributes:
     recipe: what decides the clips; a set has one.
-    thresholds: score -> range that is kept; see `select`.
+    rules: what is kept, see `select`; None: the rules that the set was last selected with, else `DEFAULT_RULES`.
     workers: processes; None: one a core.
     seconds_per_video: a video that takes longer is quarantined (timeout); None: no limit.
     report: write report/index.html (needs the extra `demo`).
   """
 
   recipe: Recipe = dataclasses.field(default_factory=Recipe)
-  thresholds: Mapping[str, select.Threshold] = dataclasses.field(default_factory=lambda: select.DEFAULT_THRESHOLDS)
+  rules: Sequence[Rule] | None = None
   workers: int | None = None
   seconds_per_video: float | None = 3600.0
   report: bool = True
@@ -50,8 +50,8 @@ def curate(input: str | os.PathLike[str], output: str | os.PathLike[str], option
   """Turns a folder of videos into a clip set.
 
   Writes clips.parquet, records/*.array_record, quarantine.jsonl, conditions.json, videos.jsonl (one object a video),
-  curation.json (the recipe and thresholds) and report/index.html. Killed at any line and started again it goes on: a
-  finished video is not done again, the set comes out the same. New videos in the input are added.
+  curation.json (the recipe), select.json (the rules) and report/index.html. Killed at any line and started again it
+  goes on: a finished video is not done again, the set comes out the same. New videos in the input are added.
 
   Args:
     input: folder of videos (searched below it too), with captions beside them (`data.folder`), or one video.
@@ -83,7 +83,6 @@ def curate(input: str | os.PathLike[str], output: str | os.PathLike[str], option
     reasons = ", ".join(f"{count} {reason}" for reason, count in funnel.quarantined.items())
     where = f"{output / 'quarantine.jsonl'} tells why each was refused" if reasons else "all shots are too short"
     raise DataError(f"{input}: none of {len(videos)} videos gives a clip ({reasons or 'no reason'}); {where}")
-  _fit_conditions(output)
   if options.report:
     report.write(output, funnel)
   return funnel
@@ -211,13 +210,14 @@ class _Run:
           self._log.add(path, answer["reason"], answer["detail"])
         elif not answer["duplicate_of"]:
           for clip, media in video_lib.staged(self._stem(path)):
-            writer.add(select.judge(clip, self._options.thresholds), media)
+            writer.add(clip, media)
         if writer.size >= records.SHARD_BYTES:
           writer.commit()
           self._enter(waiting)
       writer.commit()
       self._enter(waiting)
-    self._judge_again()
+    if (self._output / clip_table.TABLE).exists():
+      select.select(self._output, self._options.rules, strict=self._options.rules is not None)
     shutil.rmtree(self._staging)
 
   def _enter(self, answers: list[tuple[str, dict[str, Any]]]) -> None:
@@ -229,15 +229,6 @@ class _Run:
       self._stem(path).with_suffix(".clips").unlink(missing_ok=True)
       self._stem(path).with_suffix(".json").unlink(missing_ok=True)
     answers.clear()
-
-  def _judge_again(self) -> None:
-    """Applies the thresholds to clips of earlier runs, where they differ."""
-    path = self._output / OPTIONS
-    wanted = select.to_json(self._options.thresholds)
-    held = json.loads(path.read_text(encoding="utf-8"))
-    if "thresholds" in held and held["thresholds"] != wanted and (self._output / clip_table.TABLE).exists():
-      select.select(self._output, self._options.thresholds)
-    files.write_json(path, held | {"thresholds": wanted})
 
   def _is_new(self, path: str) -> bool:
     entry = self._journal.get(quarantine.printable(self._names[path]))
@@ -305,15 +296,3 @@ def read_journal(output: str | os.PathLike[str]) -> list[dict[str, Any]]:
   """The objects of a set's videos.jsonl, [] where there is none: `video.work`'s answers with duplicate_of."""
   path = pathlib.Path(output) / JOURNAL
   return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-
-
-def _fit_conditions(output: pathlib.Path) -> None:
-  """Percentiles of the kept clips, beside the set; without a kept clip there are none."""
-  index = clip_table.Index.load(output)
-  kept = [row for row in range(len(index.table)) if index.table["status"][row].as_py() == "kept"]
-  infos = [index.clip(row).info() for row in kept]
-  names = [name for name in CONDITIONS if any(name in info.scores for info in infos)]
-  if names:
-    conditions.fit(infos, names).save(output / conditions.FILE)
-  else:
-    (output / conditions.FILE).unlink(missing_ok=True)

@@ -7,6 +7,10 @@ import os
 import pathlib
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+
+from kling_jax.curation import rules
 from kling_jax.data import clip_table
 
 
@@ -18,7 +22,7 @@ class Funnel:
     videos: files that were looked at; quarantined: {reason: files}; salvaged: damaged files that gave clips;
       duplicates: files with the content of another one.
     shots: between the transitions; short_shots: too short for a clip. transitions: {kind: count}.
-    clips: cut from the shots; dropped: {reason: clips}; kept.
+    clips: cut from the shots; dropped: {rule: clips}; kept.
     seconds: of video that could be read; clip_seconds, kept_seconds.
     timings: {stage: seconds of work}, summed over processes; wall_s: of the last call.
   """
@@ -50,11 +54,15 @@ class Funnel:
     timings: collections.Counter[str] = collections.Counter()
     for video in videos:
       timings.update(video["timings"])
-    rows: list[dict[str, Any]] = []
+    reasons: list[str] = []
+    lengths_s = kept_s = np.zeros(0)
     if (folder / clip_table.TABLE).exists():
       columns = ["status", "status_reason", "start_s", "end_s"]
-      rows = clip_table.Index.load(folder).table.select(columns).to_pylist()
-    kept = [row for row in rows if row["status"] == "kept"]
+      table = clip_table.Index.load(folder).table.select(columns)
+      kept = np.array(table["status"].to_pylist()) == "kept"
+      reasons = [rules.rule_of(reason) for reason in table["status_reason"].filter(pa.array(~kept)).to_pylist()]
+      lengths_s = table["end_s"].to_numpy() - table["start_s"].to_numpy()
+      kept_s = lengths_s[kept]
     return cls(
       videos=len(videos),
       quarantined=_counts(video["reason"] for video in videos if video["reason"]),
@@ -63,12 +71,12 @@ class Funnel:
       shots=sum(video["shots"] for video in read),
       short_shots=sum(video["short_shots"] for video in read),
       transitions=_counts(t["kind"] for video in read for t in video["transitions"]),
-      clips=len(rows),
-      dropped=_counts(row["status_reason"] for row in rows if row["status"] != "kept"),
-      kept=len(kept),
+      clips=len(lengths_s),
+      dropped=_counts(reasons),
+      kept=len(kept_s),
       seconds=sum(video["seconds"] for video in read),
-      clip_seconds=sum(row["end_s"] - row["start_s"] for row in rows),
-      kept_seconds=sum(row["end_s"] - row["start_s"] for row in kept),
+      clip_seconds=float(lengths_s.sum()),
+      kept_seconds=float(kept_s.sum()),
       timings=dict(timings),
       wall_s=wall_s,
     )

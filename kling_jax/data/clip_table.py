@@ -23,6 +23,7 @@ from kling_jax.data.record import ClipRecord
 
 TABLE = "clips.parquet"
 RECORDS = "records"
+MARKS = ("status", "status_reason")  # of selection: the table leads, records keep what they were written with
 
 _METADATA = b"kling_clips"
 
@@ -198,15 +199,23 @@ def read_record(reader: typing.Any, path: str | pathlib.Path, position: int) -> 
 
 
 def read_all(folder: str | os.PathLike[str]) -> Iterator[tuple[ClipRecord, bytes]]:
-  """Yields (header, media) of every clip of a set, whatever its status, in the order of its table."""
+  """Yields (header, media) of every clip of a set, whatever its status, in the order of its table.
+
+  Status and its reason are the table's: selection changes them there and leaves the records as they are.
+  """
   index = Index.load(folder)
   readers = {shard.file: open_reader(index.folder / RECORDS / shard.file) for shard in index.shards}
-  for shard, position in zip(index.table["shard"].to_pylist(), index.table["position"].to_pylist(), strict=True):
-    yield record.unpack(read_record(readers[shard], index.folder / RECORDS / shard, position))
+  columns = (index.table[name].to_pylist() for name in ("shard", "position", *MARKS))
+  for shard, position, status, reason in zip(*columns, strict=True):
+    clip, media = record.unpack(read_record(readers[shard], index.folder / RECORDS / shard, position))
+    yield dataclasses.replace(clip, status=status, status_reason=reason), media
 
 
 def reindex(folder: str | os.PathLike[str], recipe: str) -> None:
-  """Rebuilds clips.parquet from the whole shards in `records/`, for a set that lost its table."""
+  """Rebuilds clips.parquet from the whole shards in `records/`, for a set that lost its table.
+
+  What was selected since the records were written is lost; select again (the rules lie in select.json).
+  """
   folder = pathlib.Path(folder)
   rows, shards = [], []
   for path in shard_files(folder):

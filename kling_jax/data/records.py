@@ -1,5 +1,6 @@
 """Sharded sets of clip records on disk: a writer that commits whole sets, and a random-access source."""
 
+import contextlib
 import fcntl
 import os
 import pathlib
@@ -14,6 +15,7 @@ from array_record.python import array_record_module
 from kling_jax import errors
 from kling_jax.data import decode, reasons, record
 from kling_jax.data.clip_table import (
+  MARKS,
   RECORDS,
   TABLE,
   Index,
@@ -33,7 +35,7 @@ from kling_jax.data.record import ClipRecord
 from kling_jax.data.source import ClipInfo
 from kling_jax.data.verify import Report, verify
 
-__all__ = ["RecordSource", "RecordWriter", "Report", "read_all", "reindex", "rewrite", "verify"]
+__all__ = ["RecordSource", "RecordWriter", "Report", "mark", "read_all", "reindex", "rewrite", "verify"]
 
 SHARD_BYTES = 256 * 2**20
 
@@ -251,6 +253,26 @@ class RecordSource:
         self._readers[shard] = open_reader(path)
       reader = self._readers[shard]
     return read_record(reader, path, position)
+
+
+def mark(folder: str | os.PathLike[str], statuses: pa.Array, reasons: pa.Array, clip_ids: pa.ChunkedArray) -> None:
+  """Gives every clip a status and a reason; only the table changes, at once or not at all.
+
+  Args:
+    statuses, reasons: texts in the order of the table. clip_ids: the clips that they were worked out for.
+
+  Raises:
+    DataError: the set is damaged, another writer is at work on it, or its clips are no longer those.
+  """
+  index = Index.load(folder)
+  with contextlib.closing(RecordWriter(index.folder, index.recipe)):  # for its lock
+    index = Index.load(folder)
+    if not index.table["clip_id"].equals(clip_ids):
+      raise errors.DataError(f"{folder}: clips came or went in the meantime; select again")
+    table = index.table
+    for name, values in zip(MARKS, (statuses, reasons), strict=True):
+      table = table.set_column(table.schema.get_field_index(name), name, values)
+    write_table(index.folder, table, index.recipe, index.shards)
 
 
 def rewrite(folder: str | os.PathLike[str], update: Callable[[ClipRecord], ClipRecord]) -> None:
