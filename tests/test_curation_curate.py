@@ -216,7 +216,7 @@ def test_killed_at_many_moments_gives_the_same_set(footage, curated, tmp_path):
     assert verify.verify(output).ok
 
 
-@pytest.mark.parametrize("moment", ["commit", "_enter", "_judge_again"])
+@pytest.mark.parametrize("moment", ["commit", "_enter", "_select"])
 def test_stopped_between_any_two_writes_of_the_end(footage, curated, tmp_path, monkeypatch, moment):
   """An error at each step of the end stands for a kill there; the next run completes the same set."""
 

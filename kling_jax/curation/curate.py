@@ -216,9 +216,13 @@ class _Run:
           self._enter(waiting)
       writer.commit()
       self._enter(waiting)
+    self._select()
+    shutil.rmtree(self._staging)
+
+  def _select(self) -> None:
+    """Judges all clips, those of earlier runs as well."""
     if (self._output / clip_table.TABLE).exists():
       select.select(self._output, self._options.rules, strict=self._options.rules is not None)
-    shutil.rmtree(self._staging)
 
   def _enter(self, answers: list[tuple[str, dict[str, Any]]]) -> None:
     """Journals videos whose clips are committed, then frees their staging."""
