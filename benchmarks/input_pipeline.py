@@ -19,7 +19,7 @@ import time
 from collections.abc import Sequence
 
 from kling_jax import progress
-from kling_jax.data import encode, films, folder, koala, mixture, pipeline, probe, record
+from kling_jax.data import cut, films, folder, koala, mixture, pipeline, probe, record
 from kling_jax.data.records import RecordSource, RecordWriter
 from kling_jax.data.table import TableSource
 from kling_jax.data.tokens import ByteTokenizer
@@ -40,7 +40,7 @@ def prepare(
       ticks = round(SPAN_S / info.time_base)
       starts = range(info.start_pts, info.end_pts - ticks + 1, ticks)[:spans]
       for index, start in enumerate(starts):
-        media = encode.cut(path, start, start + ticks, short_side=min(short_side, info.height, info.width))
+        media = cut.cut(path, start, start + ticks, short_side=min(short_side, info.height, info.width)).media
         clip = probe.probe(media)
         name = record.clip_id(record.content_hash(path), start, start + ticks, info.time_base, "benchmark")
         writer.write(

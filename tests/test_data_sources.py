@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from kling_jax import errors
-from kling_jax.data import clip_table, decode, encode, folder, quarantine, record, records, table
+from kling_jax.data import clip_table, cut, decode, encode, folder, quarantine, record, records, table
 from kling_jax.data import open as sources
 from kling_jax.data.source import ClipSource
 
@@ -244,12 +244,12 @@ def test_the_table_of_a_set_reads_back_as_a_table(videos: pathlib.Path, tmp_path
     for k, span in enumerate([(0, middle), (middle, info.end_pts)]):
       name = record.clip_id(record.content_hash(path), *span, info.time_base, "test")
       clip = record.ClipRecord(name, "film", str(path), *span, str(info.time_base), 10.0, 32, 24, 5, index=k)
-      writer.write(clip, encode.cut(path, *span))
-  cut, original = records.RecordSource(tmp_path / "set"), table.TableSource(tmp_path / "set" / clip_table.TABLE)
+      writer.write(clip, cut.cut(path, *span).media)
+  ours, original = records.RecordSource(tmp_path / "set"), table.TableSource(tmp_path / "set" / clip_table.TABLE)
   for k in range(2):
-    assert (cut.info(k).num_frames, cut.info(k).index) == (original.info(k).num_frames, original.info(k).index)
+    assert (ours.info(k).num_frames, ours.info(k).index) == (original.info(k).num_frames, original.info(k).index)
     times = np.array([0.0, 0.25, 0.4])
-    difference = cut.frames(k, times, 8, 8).astype(int) - original.frames(k, times, 8, 8)
+    difference = ours.frames(k, times, 8, 8).astype(int) - original.frames(k, times, 8, 8)
     assert np.abs(difference).max() <= 2
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from kling_jax import errors, files, measure
 from kling_jax.curation import split as split_lib
-from kling_jax.data import caption, container, decode, encode, folder, quarantine, reasons, record
+from kling_jax.data import caption, container, cut, decode, folder, quarantine, reasons, record
 from kling_jax.data.record import ClipRecord, Transition
 
 GRADUAL_MARGIN = 2  # frames beside a gradual transition that are trimmed too: its ends are known to about two frames
@@ -34,7 +34,8 @@ class Recipe:
     min_seconds, max_seconds: shorter shots give no clip, longer ones several of equal length.
     min_side: videos with a shorter side of fewer pixels are quarantined.
     short_side: clips are shrunk to this shorter side where the source is larger; None keeps the source's size.
-    crf: quality of the clips' H.264, 0 (lossless) to 51.
+    crf: quality of what is encoded to H.264, 0 (lossless) to 51.
+    copy: keep the packets of H.264 sources wherever nothing has to change; see `data.cut`.
   """
 
   method: str = "default"
@@ -43,11 +44,13 @@ class Recipe:
   min_side: int = 32
   short_side: int | None = 720
   crf: float = 18.0
+  copy: bool = True
 
   @property
   def media(self) -> str:
     """What decides the frames of a clip beside its span; part of every clip_id."""
-    return f"h264 crf={self.crf:g} short_side={self.short_side or 'source'} v1"
+    how = " copied" if self.copy else ""
+    return f"h264{how} crf={self.crf:g} short_side={self.short_side or 'source'} v2"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +71,9 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
       (fields), seconds (time limit or None).
 
   Returns:
-    {name, path, bytes, modified, reason, detail, damage, content, seconds, frames, shots, short_shots, transitions,
-    clips: [clip_id], timings: {stage: s}}; reason is "" unless the video is quarantined.
+    {name, path, bytes, modified, reason, detail, damage, content, seconds, frames, copied (frames of the clips that are
+    the source's own packets), shots, short_shots, transitions, clips: [clip_id], timings: {stage: s}}; reason is ""
+    unless the video is quarantined.
   """
   cv2.setNumThreads(1)
   path, recipe = job["path"], Recipe(**job["recipe"])
@@ -105,15 +109,16 @@ def file_state(path: str) -> tuple[int, int]:
 def summary(path: str, name: str) -> dict[str, Any]:
   """What is known of a video before it is looked at; the form of `work`'s answer."""
   size, modified = file_state(path)
-  counts = {"seconds": 0.0, "frames": 0, "shots": 0, "short_shots": 0, "transitions": [], "clips": [], "timings": {}}
+  counts = {"seconds": 0.0, "frames": 0, "copied": 0, "shots": 0, "short_shots": 0}
+  lists: dict[str, Any] = {"transitions": [], "clips": [], "timings": {}}
   verdict = {"reason": "", "detail": "", "damage": [], "content": ""}
-  return {"name": name, "path": path, "bytes": size, "modified": modified} | verdict | counts
+  return {"name": name, "path": path, "bytes": size, "modified": modified} | verdict | counts | lists
 
 
 def _curate(
   path: str, name: str, captions: folder.Captions, recipe: Recipe, limits: container.Limits, stem: pathlib.Path
 ) -> dict[str, Any]:
-  timings = dict.fromkeys(("admit", "split", "encode", "measure"), 0.0)
+  timings = dict.fromkeys(("admit", "split", "cut", "measure"), 0.0)
   with _timed(timings, "admit"):
     verdict = quarantine.classify(path, min_side=recipe.min_side, decode=False, limits=limits)
     if verdict.reason is not None:
@@ -127,11 +132,15 @@ def _curate(
     raise reasons.MediaError(path, "too_short", detail)
   parts = pieces(video, recipe.min_seconds, recipe.max_seconds)
   ids: list[str] = []
+  copied = 0
   with files.whole(stem.with_suffix(".clips")) as temporary, temporary.open("wb") as out:
     for index, piece in enumerate(parts):
       start_pts, end_pts = video.ticks(piece.start), video.ticks(piece.end)
-      with _timed(timings, "encode"):
-        media = encode.cut(path, start_pts, end_pts, short_side=recipe.short_side, crf=recipe.crf, limits=limits)
+      with _timed(timings, "cut"):
+        clip_cut = cut.cut(
+          path, start_pts, end_pts, short_side=recipe.short_side, crf=recipe.crf, copy=recipe.copy, limits=limits
+        )
+        media, copied = clip_cut.media, copied + clip_cut.copied
         info = decode.probe(media, decode=False)
       with _timed(timings, "measure"):
         scores = _scores(media, info)
@@ -168,6 +177,7 @@ def _curate(
     "short_shots": len(video.shots) - sum(piece.cut_before for piece in parts),
     "transitions": [dataclasses.asdict(t) for t in video.transitions],
     "clips": ids,
+    "copied": copied,
     "timings": timings,
   }
 

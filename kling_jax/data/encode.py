@@ -1,4 +1,4 @@
-"""RGB frames to H.264 MP4 with exact time stamps, and spans of a video cut out as such clips.
+"""RGB frames to H.264 MP4 with exact time stamps.
 
 Clips are yuv420p, BT.709, limited range, without B-frames (so that every duration in the file is exact and decoding
 never looks ahead), with the index in front. Equal frames give equal bytes on every machine with the same FFmpeg.
@@ -17,7 +17,7 @@ import numpy as np
 from av.video.reformatter import Interpolation
 
 from kling_jax import errors, files
-from kling_jax.data import decode, picture
+from kling_jax.data import picture
 
 _FINE = fractions.Fraction(1, 90_000)  # seconds; the tick of clips with irregular times
 _CHROMA = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INP
@@ -63,66 +63,6 @@ def write(path: str | os.PathLike[str], frames: Iterable[np.ndarray], **options:
     _encode(temporary, frames, **options)
 
 
-def cut(
-  source: decode.Media,
-  start_pts: int,
-  end_pts: int,
-  *,
-  short_side: int | None = None,
-  crf: float = 18.0,
-  keyframe_every: int = 48,
-  limits: decode.Limits = decode.DEFAULT_LIMITS,
-) -> bytes:
-  """Re-encodes exactly the frames that start in [start_pts, end_pts) ticks of the source's time base.
-
-  The clip's first frame moves to time 0; distances between frames stay exact, constant rate or not. The frames are
-  upright, without alpha, and of the source's displayed size (an odd last row or column is cropped), or shrunk so that
-  the shorter side is `short_side`.
-
-  Raises:
-    DataError: no frame starts in the span.
-    MediaError: the source cannot be decoded.
-  """
-  with decode.Cursor(source, limits) as cursor:
-    video = cursor.video
-    tick = video.time_base
-    rate = video.rate or fractions.Fraction(25)
-    stamped = _restamped(cursor.span(start_pts, end_pts), end_pts, short_side, cursor)
-    first = next(stamped, None)
-    if first is None:
-      span = f"[{start_pts}, {end_pts}) ticks of {tick} s"
-      raise errors.DataError(f"{video.source!r}: no frame starts in {span}; `decode.probe` tells the file's span")
-    with tempfile.TemporaryDirectory(prefix="kling-") as folder:
-      path = pathlib.Path(folder) / "clip.mp4"
-      _mux(path, itertools.chain([first], stamped), tick, rate, crf, keyframe_every, None)
-      return path.read_bytes()
-
-
-def _restamped(
-  frames: Iterator[tuple[int, av.VideoFrame]], end_pts: int, short_side: int | None, cursor: decode.Cursor
-) -> Iterator[Stamped]:
-  """Moves a span to time 0; a frame shows until the next one, the last one for its own duration within the span."""
-  held: tuple[int, np.ndarray, int] | None = None
-  size: tuple[int, int] | None = None
-  zero = 0
-  for pts, frame in frames:
-    if size is None:
-      zero, size = pts, _shrunk(picture.upright_size(frame), short_side)
-    if held is not None:
-      yield held[0] - zero, pts - held[0], held[1]
-    held = pts, picture.cover(frame, *size), min(cursor.video.duration(frame), end_pts - pts)
-  if held is not None:
-    yield held[0] - zero, max(1, held[2]), held[1]
-
-
-def _shrunk(size: tuple[int, int], short_side: int | None) -> tuple[int, int]:
-  """(height, width) with the shorter side at most `short_side`: `size` itself, or both even."""
-  if short_side is None or short_side >= min(size):
-    return size
-  rows, columns = (max(2, round(n * short_side / min(size)) // 2 * 2) for n in size)
-  return rows, columns
-
-
 def _encode(
   path: pathlib.Path,
   frames: Iterable[np.ndarray],
@@ -140,7 +80,7 @@ def _encode(
     if rate <= 0:
       raise errors.DataError(f"fps must be above 0, not {fps!r}")
     stamped: Iterator[Stamped] = ((k, 1, frame) for k, frame in enumerate(frames))
-    _mux(path, stamped, 1 / rate, rate, crf, keyframe_every, audio)
+    mux(path, stamped, 1 / rate, rate, crf, keyframe_every, audio)
     return
   stamps = np.round(np.asarray(times_s, np.float64) / float(_FINE)).astype(np.int64)
   if stamps.ndim != 1 or len(stamps) == 0 or np.any(np.diff(stamps) <= 0):
@@ -150,7 +90,7 @@ def _encode(
   steps = np.append(np.diff(stamps), last)
   mean = fractions.Fraction(1.0 / (float(np.mean(steps)) * float(_FINE))).limit_denominator(1001)
   stamped = ((int(t), int(d), f) for t, d, f in _matched(stamps, steps, frames))
-  _mux(path, stamped, _FINE, mean or fractions.Fraction(1), crf, keyframe_every, audio)
+  mux(path, stamped, _FINE, mean or fractions.Fraction(1), crf, keyframe_every, audio)
 
 
 def _matched(stamps: np.ndarray, steps: np.ndarray, frames: Iterable[np.ndarray]) -> Iterator[tuple]:
@@ -163,16 +103,25 @@ def _matched(stamps: np.ndarray, steps: np.ndarray, frames: Iterable[np.ndarray]
     yield stamp, step, frame
 
 
-def _mux(
+def mux(
   path: pathlib.Path,
   stamped: Iterator[Stamped],
   tick: fractions.Fraction,
   rate: fractions.Fraction,
   crf: float,
   keyframe_every: int,
-  audio: Audio | None,
-) -> None:
-  """Encodes frames with their time stamps (in ticks of `tick` seconds) into an MP4 at `path`."""
+  audio: Audio | None = None,
+) -> int:
+  """Encodes frames with their time stamps and durations (in ticks of `tick` seconds) into an MP4 at `path`.
+
+  Args: as of `encode`; `rate` is the nominal frame rate.
+
+  Returns:
+    the number of frames.
+
+  Raises:
+    DataError: no frames, or frames of differing or unusable shape.
+  """
   first = next(stamped, None)
   if first is None:
     raise errors.DataError("there are no frames to encode")
@@ -210,6 +159,7 @@ def _mux(
       container.mux(_timed(packet, durations))
     if sound is not None:
       container.mux(sound.encode(None))
+  return k + 1
 
 
 def _timed(packet: av.Packet, durations: dict[int, int]) -> av.Packet:
