@@ -235,12 +235,20 @@ def _caption(args: argparse.Namespace) -> int:
 
 
 def _add_data(parser: Parser) -> None:
-  parser.add_argument("action", choices=["verify"], help="verify: read every record of a set")
+  parser.add_argument("action", choices=["verify", "export"],
+                      help="verify: read every record of a set; export: write it in another format")  # fmt: skip
   parser.add_argument("--input", required=True, help="clip set")
+  parser.add_argument("--output", help="what export writes: a folder, or FILE.csv")
+  parser.add_argument("--format", default="webdataset", help="of export: webdataset, or koala: a CSV with Koala-36M's "
+                      "columns (default: webdataset)")  # fmt: skip
+  parser.add_argument("--shard_mb", type=int, default=1024, help="most MiB of a WebDataset tar (default: 1024)")
+  parser.add_argument("--dropped", action="store_true", help="export clips that selection dropped, too")
   _add_json(parser)
 
 
 def _data(args: argparse.Namespace) -> int:
+  if args.action == "export":
+    return _export(args)
   from kling_jax.data import records
 
   report = records.verify(args.input)
@@ -249,6 +257,20 @@ def _data(args: argparse.Namespace) -> int:
   else:
     print(report.text())
   return 0 if report.ok else 1
+
+
+def _export(args: argparse.Namespace) -> int:
+  from kling_jax.data import export
+
+  if not args.output:
+    raise UsageError("kling data export needs --output")
+  limits = {"shard_bytes": args.shard_mb * 2**20} if args.format == "webdataset" else {}
+  done = export.export(args.input, args.output, args.format, dropped=args.dropped, **limits)
+  if args.json:
+    _print_json(done.to_json())
+  else:
+    print(done.text())
+  return 0
 
 
 def _add_encode(parser: Parser) -> None:
@@ -400,7 +422,7 @@ VERBS: dict[str, tuple[Callable[[Parser], None], Run, str]] = {
   "curate": (_add_curate, _curate, "Raw videos to a scored, selected clip set."),
   "select": (_add_select, _select, "Which clips of a set are kept, by rules; or what rules would do."),
   "caption": (_add_caption, _caption, "Captions in six parts for a clip set or loose videos."),
-  "data": (_add_data, _data, "Integrity of a clip set."),
+  "data": (_add_data, _data, "Integrity of a clip set; the set in other formats."),
   "encode": (_add_encode, _encode, "Latents and text of a clip set into caches."),
   "train": (_add_train, _train, "Train any task of any config."),
   "sample": (_add_sample, _sample, "Videos from a checkpoint: from text, from an image, continuing a video."),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 import os
 import pathlib
 import re
@@ -66,6 +67,24 @@ def of_record(clip: ClipRecord) -> Caption:
   return Caption(
     **parts, text=clip.caption, captioner=clip.captioner, model=clip.caption_model, prompt=clip.caption_prompt
   )
+
+
+def of_json(text: str, **origin: str) -> Caption:
+  """The caption that a JSON text holds: a string, or an object with "caption" or some of the six parts.
+
+  Raises:
+    DataError: it holds none.
+  """
+  try:
+    held: Any = json.loads(text)
+  except (ValueError, RecursionError) as error:
+    raise errors.DataError(f"no JSON ({error})") from error
+  held = {"caption": held} if isinstance(held, str) else held
+  values = {n: held[n] for n in ("caption", *CAPTION_FIELDS) if n in held} if isinstance(held, dict) else {}
+  if not values or not all(isinstance(value, str) for value in values.values()):
+    raise errors.DataError(f'wants {{"caption": "..."}} or the fields {", ".join(CAPTION_FIELDS)}')
+  said = Caption(text=values.pop("caption", ""), **values, **origin)
+  return said if said else Caption()
 
 
 def merge(parts: Iterable[str]) -> str:

@@ -3,7 +3,6 @@
 import concurrent.futures
 import dataclasses
 import functools
-import json
 import math
 import os
 import pathlib
@@ -13,6 +12,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from kling_jax import errors, progress
+from kling_jax.data import caption as caption_lib
 from kling_jax.data import decode, quarantine, record
 from kling_jax.data.caption import Caption
 from kling_jax.data.columns import read_table
@@ -242,7 +242,8 @@ class Captions:
     beside = pathlib.Path(path)
     text, values = beside.with_suffix(".txt"), beside.with_suffix(".json")
     if text.is_file():
-      return _sidecar(text, _read(text))
+      said = Caption(text=_read(text), captioner="sidecar", model="txt")
+      return said if said else Caption()
     if values.is_file():
       return _from_json(values)
     rows = self._rows.get(name, [])
@@ -269,21 +270,11 @@ def _seconds(path: pathlib.Path, row: dict[str, typing.Any], column: str, missin
 
 
 def _from_json(path: pathlib.Path) -> Caption:
+  text = _read(path)
   try:
-    values: typing.Any = json.loads(_read(path))
-  except (ValueError, RecursionError) as error:
-    raise errors.DataError(f"{path}: no JSON ({error}); mend or remove this caption file") from error
-  held = {"caption": values} if isinstance(values, str) else values
-  names = ("caption", *record.CAPTION_FIELDS)
-  parts = {name: held[name] for name in names if name in held} if isinstance(held, dict) else {}
-  if not parts or not all(isinstance(part, str) for part in parts.values()):
-    raise errors.DataError(f'{path}: wants {{"caption": "..."}} or the fields {", ".join(record.CAPTION_FIELDS)}')
-  return _sidecar(path, parts.pop("caption", ""), parts)
-
-
-def _sidecar(path: pathlib.Path, text: str, parts: dict[str, str] | None = None) -> Caption:
-  caption = Caption(**(parts or {}), text=text, captioner="sidecar", model=path.suffix[1:])
-  return caption if caption else Caption()
+    return caption_lib.of_json(text, captioner="sidecar", model="json")
+  except errors.DataError as error:
+    raise errors.DataError(f"{path}: {error}; mend or remove this caption file") from error
 
 
 def _read(path: pathlib.Path) -> str:

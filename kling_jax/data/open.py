@@ -19,7 +19,9 @@ def open_source(spec: str | os.PathLike[str] | dict[str, typing.Any]) -> ClipSou
       "worlds:shapes-v1?count=512&seed=0": a procedural world;
       "tfds:DIR": a TFDS data set of clips;
       FILE.csv, .jsonl, .parquet: a table of clips;
-      DIR: a clip set of ours (clips.parquet, or its `records` folder), a TFDS data set, or a folder of videos;
+      FILE.tar: a WebDataset shard;
+      DIR: a clip set of ours (clips.parquet, or its `records` folder), a TFDS data set, a folder of WebDataset shards
+      (it holds .tar files), or a folder of videos;
       a dict {"source": one of the above, **arguments of the source's class}, for example
       {"source": "videos", "quarantine": "videos/quarantine.jsonl", "min_frames": 17}.
 
@@ -54,6 +56,8 @@ def _path(name: str, options: dict[str, typing.Any]) -> ClipSource:
     # TFDS names its files *.array_record-00000-of-00001.
     if any(any(path.glob(f"{below}features.json")) for below in ("", "*/", "*/*/")):
       return _tfds(path, options)
+    if any(path.glob("*.tar")):
+      return _webdataset(path, options)
     from kling_jax.data.folder import FolderSource
 
     return FolderSource(path, **options)
@@ -63,10 +67,18 @@ def _path(name: str, options: dict[str, typing.Any]) -> ClipSource:
     from kling_jax.data.table import TableSource
 
     return TableSource(path, **options)
-  kinds = f"a folder, a table ({', '.join(columns.SUFFIXES)}), tfds:DIR or worlds:shapes-v1?count=512&seed=0"
+  if path.is_file() and path.suffix.lower() == ".tar":
+    return _webdataset(path, options)
+  kinds = f"a folder, a table ({', '.join(columns.SUFFIXES)}), a .tar, tfds:DIR or worlds:shapes-v1?count=512&seed=0"
   if path.exists():
     raise errors.UsageError(f"data source {name!r} is a file of another kind; name {kinds}")
   raise errors.DataError(f"data source {name!r} does not exist; name {kinds}")
+
+
+def _webdataset(path: pathlib.Path, options: dict[str, typing.Any]) -> ClipSource:
+  from kling_jax.data.webdataset import WebDatasetSource
+
+  return WebDatasetSource(path, **options)
 
 
 def _tfds(folder: str | pathlib.Path, options: dict[str, typing.Any]) -> ClipSource:
