@@ -103,7 +103,7 @@ def frames_at(
     return frames_THWC
   with Cursor(source, limits) as cursor:
     origin_s = cursor.video.seconds(cursor.pts) if start_s is None else start_s
-    targets = _ticks(origin_s + times_s, cursor.video)
+    targets = ticks(origin_s + times_s, cursor.video)
     if end_s is not None:
       targets = np.minimum(targets, cursor.video.ticks(end_s) - 1)
     done: av.VideoFrame | None = None
@@ -144,7 +144,7 @@ def image(
     raise reasons.MediaError(os.fspath(path), error.reason, error.detail) from error
 
 
-def _ticks(times_s: np.ndarray, video: Video) -> np.ndarray:
+def ticks(times_s: np.ndarray, video: Video) -> np.ndarray:
   """The last tick not later than each time, rounding forgiven; int64."""
   tick = float(video.time_base)
   return np.floor((times_s + min(_ROUNDING_S, tick / 2)) / tick).astype(np.int64)
@@ -156,10 +156,13 @@ def _nothing(video: Video) -> reasons.MediaError:
 
 
 class Cursor:
-  """A place in a video that moves forward; knows the frame shown there and the one after it."""
+  """A place in a video that moves forward; knows the frame shown there and the one after it.
 
-  def __init__(self, source: Media, limits: Limits):
-    self._source, self._limits = source, limits
+  With `vectors`, frames carry the codec's motion vectors as side data, where it keeps any.
+  """
+
+  def __init__(self, source: Media, limits: Limits, *, vectors: bool = False):
+    self._source, self._limits, self._vectors = source, limits, vectors
     self._open()
     self._can_seek = not self.video.container.format.flags & typing.cast(int, av.format.Flags.ts_discont.value)
     self._ahead = self.video.ticks(_SEEK_AHEAD_S)
@@ -171,7 +174,7 @@ class Cursor:
     self.video.close()
 
   def _open(self) -> None:
-    self.video = open_video(self._source, self._limits)
+    self.video = open_video(self._source, self._limits, vectors=self._vectors)
     self._frames = self.video.frames()
     first = next(self._frames, None)
     if first is None:

@@ -31,16 +31,22 @@ def _scaler(name: str) -> VideoReformatter:
   return getattr(_scalers, name)
 
 
+def tiny(frame: av.VideoFrame) -> av.VideoFrame:
+  """A copy of 2 x 2 pixels with the frame's side data.
+
+  PyAV's frame and its side data hold each other until the cyclic collector runs, which counts objects and not bytes: a
+  training run that read the display matrix off its 720p frames grew to 16 GB.
+  """
+  return _scaler("tiny").reformat(frame, width=2, height=2, format="gray", interpolation=Interpolation.POINT)
+
+
 def orientation(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
   """The display matrix as (transpose, flip_rows, flip_columns), to be applied in this order; (False,) * 3 without one.
 
   A matrix that is no multiple of a right angle is rounded to the nearest one, as players do.
   """
-  # PyAV's frame and its side data hold each other until the cyclic collector runs, which counts objects and not bytes:
-  # a training run that read the matrix off its 720p frames grew to 16 GB. A copy of 2 x 2 pixels carries it as well.
-  tiny = _scaler("tiny").reformat(frame, width=2, height=2, format="gray", interpolation=Interpolation.POINT)
   try:
-    side = tiny.side_data.get("DISPLAYMATRIX")
+    side = tiny(frame).side_data.get("DISPLAYMATRIX")
   except ValueError:  # PyAV does not know a kind of side data that its FFmpeg attached (EXIF, stereo views).
     turns = round(frame.rotation / 90) % 4  # counter-clockwise; mirroring is not told
     return turns % 2 == 1, turns in (1, 2), turns in (2, 3)

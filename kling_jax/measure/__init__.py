@@ -1,5 +1,6 @@
-"""Scores of a clip from its frames: `measure.score(frames, times)`; each value names its scorer and version."""
+"""Scores of a clip: `measure.score(frames, times)`, `measure.score_media(file)`; each value names its scorer."""
 
-from kling_jax.measure.clip import SCORERS, Scorer, sample_times, score
+from kling_jax.measure.clip import PRESETS, SCORERS, Scorer, chosen, sample_times, score, score_media
+from kling_jax.measure.sample import Sample
 
-__all__ = ["SCORERS", "Scorer", "sample_times", "score"]
+__all__ = ["PRESETS", "SCORERS", "Sample", "Scorer", "chosen", "sample_times", "score", "score_media"]

@@ -1,47 +1,125 @@
-"""All scores of one clip: which frames to look at, which scorers to ask, what each answer is called."""
+"""All scores of one clip: who measures what, which scorers a user may ask for, and the call that runs them."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import importlib
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from kling_jax.data import decode
 from kling_jax.data.source import Score
-from kling_jax.errors import DataError
-from kling_jax.measure import aesthetic, clarity, motion
+from kling_jax.errors import DataError, UsageError, nearest
+from kling_jax.measure import (
+  aesthetic,
+  camera,
+  clarity,
+  degradation,
+  light,
+  motion,
+  published,
+  stillness,
+  text,
+  vectors,
+  watermark,
+)  # fmt: skip
+from kling_jax.measure import sample as sample_lib
+from kling_jax.measure.sample import Sample, sample_times
 
-PLACES = 8  # of a clip that are looked at, each with two frames
+__all__ = ["PRESETS", "SCORERS", "Scorer", "chosen", "measured", "sample_times", "score", "score_media"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Scorer:
-  """One way to measure one condition.
+  """One way to measure one or several conditions.
 
   Attributes:
-    condition: the score's name in a clip record (motion, aesthetic, clarity, ...).
     name, version: written beside every value; a change of the arithmetic is a new version.
-    measure: (frames uint8 (T, H, W, 3) RGB, ascending seconds (T,)) -> value, or none where it is undefined.
+    conditions: the scores' names in a clip record (motion, aesthetic, clarity, ...).
+    measure: sample -> {condition: value in the documented raw unit}. A condition that the clip does not define (the
+      motion of a single frame) is left out; nothing outside `conditions` may be given.
   """
 
-  condition: str
   name: str
   version: str
-  measure: Callable[[np.ndarray, np.ndarray], float | None]
+  conditions: tuple[str, ...]
+  measure: Callable[[Sample], Mapping[str, float]]
+
+  def done(self, scores: Mapping[str, Score]) -> bool:
+    """Whether a clip with these scores was measured by this scorer (at least one of its conditions is there)."""
+    found = (scores[name] for name in self.conditions if name in scores)
+    return any((score.scorer, score.version) == (self.name, self.version) for score in found)
+
+
+def _motion(sample: Sample) -> dict[str, float]:
+  speed = motion.mean_speed([sample.flows[pair] for pair in sample.pairs])
+  return {} if speed is None else {"motion": speed}
 
 
 SCORERS = (
-  Scorer("motion", motion.NAME, motion.VERSION, motion.motion),
-  Scorer("aesthetic", aesthetic.NAME, aesthetic.VERSION, aesthetic.aesthetic),
-  Scorer("clarity", clarity.NAME, clarity.VERSION, clarity.clarity),
+  Scorer(motion.NAME, motion.VERSION, ("motion",), _motion),
+  Scorer(aesthetic.NAME, aesthetic.VERSION, ("aesthetic",), lambda s: {"aesthetic": aesthetic.aesthetic(*s.looks)}),
+  Scorer(clarity.NAME, clarity.VERSION, ("clarity",), lambda s: {"clarity": clarity.clarity(*s.looks)}),
+  Scorer(degradation.NAME, degradation.VERSION, degradation.CONDITIONS, degradation.degradation),
+  Scorer(camera.NAME, camera.VERSION, camera.CONDITIONS, camera.camera),
+  Scorer(vectors.NAME, vectors.VERSION, vectors.CONDITIONS, vectors.motion_vectors),
+  Scorer(light.NAME, light.VERSION, light.CONDITIONS, light.light),
+  Scorer(light.BORDERS_NAME, light.BORDERS_VERSION, ("borders",), light.borders),
+  Scorer(stillness.NAME, stillness.VERSION, stillness.CONDITIONS, stillness.stillness),
+  Scorer(text.NAME, text.VERSION, text.CONDITIONS, text.text),
+  Scorer(watermark.NAME, watermark.VERSION, watermark.CONDITIONS, watermark.watermark),
 )
+# Each decodes the media anew.
+PRESETS = tuple(Scorer(one.name, published.VERSION, one.conditions, one.measure) for one in published.DEFINITIONS)
+
+
+def chosen(words: Sequence[str]) -> tuple[Scorer, ...]:
+  """The scorers that words ask for, each once; a later one for the same condition replaces the earlier.
+
+  Args:
+    words: "default" (what `kling curate` measures), "presets" (the definitions of published filters), a condition
+      such as "motion", or "package.module:NAME", a `Scorer` of yours.
+
+  Raises:
+    UsageError: an unknown condition, or a module without that scorer.
+  """
+  known = {condition: scorer for scorer in (*PRESETS, *SCORERS) for condition in scorer.conditions}
+  picked: list[Scorer] = []
+  for word in words:
+    if word == "default":
+      picked += SCORERS
+    elif word == "presets":
+      picked += PRESETS
+    elif ":" in word:
+      picked.append(_foreign(word))
+    elif word in known:
+      picked.append(known[word])
+    else:
+      raise UsageError(f"unknown score {word!r}{nearest(word, [*known, 'default', 'presets'])}")
+  last = {condition: scorer for scorer in picked for condition in scorer.conditions}
+  kept = dict.fromkeys(scorer for scorer in picked if any(last[c] is scorer for c in scorer.conditions))
+  return tuple(kept)
+
+
+def _foreign(word: str) -> Scorer:
+  module, _, name = word.partition(":")
+  try:
+    found = getattr(importlib.import_module(module), name)
+  except (ImportError, AttributeError) as error:
+    raise UsageError(f"scorer {word!r}: {error}; wants package.module:NAME of a measure.Scorer") from error
+  if not isinstance(found, Scorer):
+    raise UsageError(f"scorer {word!r} is a {type(found).__name__}, not a measure.Scorer")
+  return found
 
 
 def score(frames_THWC: np.ndarray, times_s: np.ndarray, scorers: Sequence[Scorer] = SCORERS) -> dict[str, Score]:
-  """Measures a clip.
+  """Measures frames that are at hand, such as a generated video.
 
   Args:
     frames_THWC: uint8 RGB frames (T, H, W, 3) at any size; `sample_times` says which frames of a long clip to take.
     times_s: (T,) their ascending times in seconds.
-    scorers: who measures; the default three are motion, aesthetic and clarity.
+    scorers: who measures.
 
   Returns:
     {condition: Score}. A condition that the frames do not define (the motion of a single frame) is left out.
@@ -49,32 +127,46 @@ def score(frames_THWC: np.ndarray, times_s: np.ndarray, scorers: Sequence[Scorer
   Raises:
     DataError: no frames, a wrong shape or dtype, or times that do not match them.
   """
-  if frames_THWC.ndim != 4 or frames_THWC.shape[-1] != 3 or frames_THWC.dtype != np.uint8 or not frames_THWC.size:
-    found = f"{frames_THWC.dtype} {frames_THWC.shape}"
-    raise DataError(f"scores need at least one frame, as uint8 of shape (T, H, W, 3); got {found}")
-  times_s = np.asarray(times_s, np.float64)
-  if times_s.shape != frames_THWC.shape[:1] or (np.diff(times_s) < 0).any():
-    raise DataError(f"{len(frames_THWC)} frames need as many ascending times, got shape {times_s.shape}")
-  scores = {}
-  for scorer in scorers:
-    value = scorer.measure(frames_THWC, times_s)
-    if value is not None:
-      scores[scorer.condition] = Score(value, scorer.name, scorer.version)
-  return scores
+  return measured(sample_lib.of_frames(frames_THWC, times_s), scorers)
 
 
-def sample_times(duration_s: float, fps: float) -> np.ndarray:
-  """The times that `score` wants of a clip: eight places spread over it, at each two frames about 0.1 s apart.
+def score_media(
+  source: decode.Media, scorers: Sequence[Scorer] = SCORERS, *, timings: dict[str, float] | None = None
+) -> dict[str, Score]:
+  """Measures a video file or encoded bytes; see `score`.
 
   Args:
-    duration_s: length of the clip. fps: its mean frame rate; a gap is a whole number of frames where there are any.
+    source: a file or bytes.
+    scorers: who measures.
+    timings: seconds are added here, by scorer name, those of decoding as "decode".
 
-  Returns:
-    (16,) ascending seconds in [0, duration_s), fewer for clips so short that places coincide; (1,) for a single frame.
+  Raises:
+    MediaError: nothing can be decoded.
   """
-  step = 1 / fps
-  last = max(duration_s - step, 0.0)  # the last frame's start
-  gap = min(max(round(motion.GAP_S * fps), 1) * step, last)
-  starts = np.linspace(0, last - gap, PLACES)
-  starts = np.unique(np.round(starts * fps)) * step
-  return np.unique(np.round(np.concatenate([starts, starts + gap]), 9))
+  clock = time.perf_counter()
+  sample = sample_lib.of_media(source)
+  if timings is not None:
+    timings["decode"] = timings.get("decode", 0.0) + time.perf_counter() - clock
+  return measured(sample, scorers, timings)
+
+
+def measured(sample: Sample, scorers: Sequence[Scorer], timings: dict[str, float] | None = None) -> dict[str, Score]:
+  """The scores of a sample; of two scorers for a condition the later counts.
+
+  Raises:
+    DataError: a scorer gave a condition that it does not name, or no finite number.
+  """
+  scores: dict[str, Score] = {}
+  for scorer in scorers:
+    clock = time.perf_counter()
+    values = scorer.measure(sample)
+    if timings is not None:
+      timings[scorer.name] = timings.get(scorer.name, 0.0) + time.perf_counter() - clock
+    for condition in scorer.conditions:
+      scores.pop(condition, None)
+    for condition, value in values.items():
+      if condition not in scorer.conditions or not math.isfinite(value):
+        named = ", ".join(scorer.conditions)
+        raise DataError(f"scorer {scorer.name} gave {condition} = {value!r}; it measures {named}")
+      scores[condition] = Score(float(value), scorer.name, scorer.version)
+  return scores

@@ -1,5 +1,8 @@
 """Motion of a clip: mean optical flow in frame diagonals per second, whatever its frame rate and resolution."""
 
+import dataclasses
+from collections.abc import Sequence
+
 import cv2
 import numpy as np
 
@@ -27,16 +30,54 @@ def motion(frames_THWC: np.ndarray, times_s: np.ndarray) -> float | None:
     A value of 0 or more in diagonals per second; none where there are not two frames at different times.
   """
   pairs = frame_pairs(times_s)
-  if not pairs:
-    return None
-  grey = {i: _small_grey(frames_THWC[i]) for i in sorted({i for pair in pairs for i in pair})}
-  speeds = []
-  for first, second in pairs:
-    start = np.zeros((*grey[first].shape, 2), np.float32)
-    flow_HWC = cv2.calcOpticalFlowFarneback(grey[first], grey[second], start, 0.5, 4, 15, 3, 5, 1.1, 0)
-    length = np.hypot(flow_HWC[..., 0], flow_HWC[..., 1]).mean(dtype=np.float64)
-    speeds.append(length / (np.hypot(*grey[first].shape) * (times_s[second] - times_s[first])))
-  return float(np.mean(speeds))
+  grey = {i: prepare(frames_THWC[i]) for i in sorted({i for pair in pairs for i in pair})}
+  return mean_speed([flow(grey[i], grey[j], times_s[j] - times_s[i]) for i, j in pairs])
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+  """A frame at the measuring size.
+
+  Attributes:
+    grey_HW: uint8, contrast evened out. trust_HW: float32 in [0, 1), how much of the contrast there is above noise.
+  """
+
+  grey_HW: np.ndarray
+  trust_HW: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Flow:
+  """Where the pixels of a frame went.
+
+  Attributes:
+    flow_HWC: float32 (H, W, 2), columns and rows moved to the right and down, in pixels of the measuring size.
+    trust_HW: float32 in [0, 1), how far the first frame's texture carries the flow.
+    gap_s: time between the frames.
+  """
+
+  flow_HWC: np.ndarray
+  trust_HW: np.ndarray
+  gap_s: float
+
+  @property
+  def diagonal(self) -> float:
+    """Of the frame, in pixels of the measuring size."""
+    return float(np.hypot(*self.trust_HW.shape))
+
+
+def flow(first: Prepared, second: Prepared, gap_s: float) -> Flow:
+  """Farneback's flow between two frames."""
+  start = np.zeros((*first.grey_HW.shape, 2), np.float32)
+  flow_HWC = cv2.calcOpticalFlowFarneback(first.grey_HW, second.grey_HW, start, 0.5, 4, 15, 3, 5, 1.1, 0)
+  return Flow(flow_HWC, first.trust_HW, float(gap_s))
+
+
+def mean_speed(flows: Sequence[Flow]) -> float | None:
+  """Mean over flows and pixels of |flow|, in diagonals per second; none without a flow."""
+  lengths = [np.hypot(f.flow_HWC[..., 0], f.flow_HWC[..., 1]).mean(dtype=np.float64) for f in flows]
+  speeds = [length / (f.diagonal * f.gap_s) for length, f in zip(lengths, flows, strict=True)]
+  return float(np.mean(speeds)) if speeds else None
 
 
 def frame_pairs(times_s: np.ndarray) -> list[tuple[int, int]]:
@@ -59,7 +100,7 @@ def frame_pairs(times_s: np.ndarray) -> list[tuple[int, int]]:
   return [good[k] for k in picks] if good else []
 
 
-def _small_grey(frame_HWC: np.ndarray) -> np.ndarray:
+def prepare(frame_HWC: np.ndarray) -> Prepared:
   """The frame at the measuring size, grey, its contrast evened out so that faint textures carry flow as strong ones do.
 
   Without this Farneback's flow reads far too low over faint textures: on 100 clips of shapes-v1 the rank correlation
@@ -72,4 +113,5 @@ def _small_grey(frame_HWC: np.ndarray) -> np.ndarray:
   grey = cv2.resize(grey, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC).astype(np.float32)
   detail = grey - cv2.GaussianBlur(grey, (0, 0), LOCAL_SIGMA)
   deviation = np.sqrt(cv2.GaussianBlur(detail * detail, (0, 0), LOCAL_SIGMA))
-  return np.clip(128 + 50 * detail / (deviation + NOISE_FLOOR), 0, 255).astype(np.uint8)
+  even = np.clip(128 + 50 * detail / (deviation + NOISE_FLOOR), 0, 255).astype(np.uint8)
+  return Prepared(even, deviation / (deviation + NOISE_FLOOR))
