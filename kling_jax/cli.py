@@ -231,6 +231,67 @@ def _caption(args: argparse.Namespace) -> int:
   return 1 if summary.failed else 0
 
 
+def _add_score(parser: Parser) -> None:
+  parser.add_argument("--input", required=True, nargs="+", metavar="SET_OR_FILES",
+                      help="clip set, which gets the scores it lacks; or video files and folders of them")  # fmt: skip
+  parser.add_argument("--scorers", default="default",
+                      help="default, presets, names such as motion, your package.module:NAME; by commas")  # fmt: skip
+  parser.add_argument("--aesthetic_weights", metavar="FILE_OR_FOLDER",
+                      help="safetensors of CLIP ViT-L/14 and LAION's head (default: a classical stand-in)")  # fmt: skip
+  parser.add_argument("--workers", type=int, help="processes (default: one a core)")
+  _add_json(parser)
+
+
+def _score_clips(args: argparse.Namespace) -> int:
+  from kling_jax.curation import score_command
+
+  words = tuple(word.strip() for word in args.scorers.split(",") if word.strip())
+  wanted = score_command.Wanted(words, args.aesthetic_weights)
+  return score_command.command(args.input, wanted=wanted, workers=args.workers, as_json=args.json)
+
+
+# ---- data ----------------------------------------------------------------------------------------------------------
+
+
+def _add_data(parser: Parser) -> None:
+  parser.add_argument("action", choices=["verify", "export"],
+                      help="verify: read every record of a set; export: write it in another format")  # fmt: skip
+  parser.add_argument("--input", required=True, help="clip set")
+  parser.add_argument("--output", help="what export writes: a folder, or FILE.csv")
+  parser.add_argument("--format", default="webdataset", help="of export: webdataset, or koala: a CSV with Koala-36M's "
+                      "columns (default: webdataset)")  # fmt: skip
+  parser.add_argument("--shard_mb", type=int, default=1024, help="most MiB of a WebDataset tar (default: 1024)")
+  parser.add_argument("--dropped", action="store_true", help="export clips that selection dropped, too")
+  _add_json(parser)
+
+
+def _data(args: argparse.Namespace) -> int:
+  if args.action == "export":
+    return _export(args)
+  from kling_jax.data import records
+
+  report = records.verify(args.input)
+  if args.json:
+    _print_json(report.to_json())
+  else:
+    print(report.text())
+  return 0 if report.ok else 1
+
+
+def _export(args: argparse.Namespace) -> int:
+  from kling_jax.data import export
+
+  if not args.output:
+    raise UsageError("kling data export needs --output")
+  limits = {"shard_bytes": args.shard_mb * 2**20} if args.format == "webdataset" else {}
+  done = export.export(args.input, args.output, args.format, dropped=args.dropped, **limits)
+  if args.json:
+    _print_json(done.to_json())
+  else:
+    print(done.text())
+  return 0
+
+
 # ---- data ----------------------------------------------------------------------------------------------------------
 
 
@@ -420,6 +481,7 @@ VERBS: dict[str, tuple[Callable[[Parser], None], Run, str]] = {
   "doctor": (_add_json, _doctor, "What this machine can run, and what each extra would add."),
   "split": (_add_split, _split, "Transitions and shots of videos."),
   "curate": (_add_curate, _curate, "Raw videos to a scored, selected clip set."),
+  "score": (_add_score, _score_clips, "Scores of a clip set, of loose videos, of generated videos."),
   "select": (_add_select, _select, "Which clips of a set are kept, by rules; or what rules would do."),
   "caption": (_add_caption, _caption, "Captions in six parts for a clip set or loose videos."),
   "data": (_add_data, _data, "Integrity of a clip set; the set in other formats."),
