@@ -292,48 +292,6 @@ def _export(args: argparse.Namespace) -> int:
   return 0
 
 
-# ---- data ----------------------------------------------------------------------------------------------------------
-
-
-def _add_data(parser: Parser) -> None:
-  parser.add_argument("action", choices=["verify", "export"],
-                      help="verify: read every record of a set; export: write it in another format")  # fmt: skip
-  parser.add_argument("--input", required=True, help="clip set")
-  parser.add_argument("--output", help="what export writes: a folder, or FILE.csv")
-  parser.add_argument("--format", default="webdataset", help="of export: webdataset, or koala: a CSV with Koala-36M's "
-                      "columns (default: webdataset)")  # fmt: skip
-  parser.add_argument("--shard_mb", type=int, default=1024, help="most MiB of a WebDataset tar (default: 1024)")
-  parser.add_argument("--dropped", action="store_true", help="export clips that selection dropped, too")
-  _add_json(parser)
-
-
-def _data(args: argparse.Namespace) -> int:
-  if args.action == "export":
-    return _export(args)
-  from kling_jax.data import records
-
-  report = records.verify(args.input)
-  if args.json:
-    _print_json(report.to_json())
-  else:
-    print(report.text())
-  return 0 if report.ok else 1
-
-
-def _export(args: argparse.Namespace) -> int:
-  from kling_jax.data import export
-
-  if not args.output:
-    raise UsageError("kling data export needs --output")
-  limits = {"shard_bytes": args.shard_mb * 2**20} if args.format == "webdataset" else {}
-  done = export.export(args.input, args.output, args.format, dropped=args.dropped, **limits)
-  if args.json:
-    _print_json(done.to_json())
-  else:
-    print(done.text())
-  return 0
-
-
 def _add_encode(parser: Parser) -> None:
   parser.add_argument("--config", required=True, help="training config whose codec, text encoder and buckets are used")
   parser.add_argument("--input", help="clip set (default: the sources of the config)")
