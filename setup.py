@@ -36,6 +36,7 @@ EXTRAS = {
   "tpu": ["jax[tpu]"],
   "cuda": ["jax[cuda13]"],
   "sweep": ["matplotlib>=3.9"],  # plots of scaling laws
+  "cloud": ["fsspec>=2024.6", "s3fs", "gcsfs"],  # s3:// and gs:// in `kling fetch`
   "caption": ["tokenizers>=0.20"],  # token counts of a text encoder's own tokenizer
   "ray": ["ray[data]>=2.40"],  # curation and sweeps on many machines
   "eval": ["scikit-image>=0.24"],  # independent references of the metrics

@@ -292,6 +292,24 @@ def _export(args: argparse.Namespace) -> int:
   return 0
 
 
+def _add_fetch(parser: Parser) -> None:
+  from kling_jax.data import fetch_command  # flags only, nothing heavy
+
+  fetch_command.add(parser)
+  _add_json(parser)
+
+
+def _fetch(args: argparse.Namespace) -> int:
+  from kling_jax.data import fetch_command
+
+  summary = fetch_command.run(args)
+  if args.json:
+    _print_json(summary.to_json())
+  else:
+    print(summary.text())
+  return 1 if summary.failed and not summary.fetched + summary.kept_before else 0
+
+
 def _add_encode(parser: Parser) -> None:
   parser.add_argument("--config", required=True, help="training config whose codec, text encoder and buckets are used")
   parser.add_argument("--input", help="clip set (default: the sources of the config)")
@@ -442,6 +460,7 @@ VERBS: dict[str, tuple[Callable[[Parser], None], Run, str]] = {
   "score": (_add_score, _score_clips, "Scores of a clip set, of loose videos, of generated videos."),
   "select": (_add_select, _select, "Which clips of a set are kept, by rules; or what rules would do."),
   "caption": (_add_caption, _caption, "Captions in six parts for a clip set or loose videos."),
+  "fetch": (_add_fetch, _fetch, "Videos that a table names by address, into a folder."),
   "data": (_add_data, _data, "Integrity of a clip set; the set in other formats."),
   "encode": (_add_encode, _encode, "Latents and text of a clip set into caches."),
   "train": (_add_train, _train, "Train any task of any config."),

@@ -16,6 +16,7 @@ EXTRAS = {
   "demo": (("plotly",), "charts in the report pages"),
   "eval": (("skimage",), "independent references of the metrics"),
   "sweep": (("matplotlib",), "plots of scaling laws"),
+  "cloud": (("fsspec", "s3fs", "gcsfs"), "s3:// and gs:// in `kling fetch`"),
   "caption": (("tokenizers",), "token counts of a text encoder's own tokenizer"),
   "ray": (("ray",), "curation on many machines"),
   "tpu": (("libtpu",), "TPU devices"),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import math
 import threading
 import time
 import urllib.parse
@@ -17,6 +18,7 @@ from kling_jax import __version__, errors
 TRANSIENT = (408, 425, 429, 500, 502, 503, 504, 529)  # what another try may mend
 USER_AGENT = f"kling_jax/{__version__}"
 CHUNK = 1 << 16
+SILENT = "no answer in time"
 # What goes wrong on the way: no connection, a cut one, a silent one.
 BROKEN = (requests.RequestException, urllib3.exceptions.HTTPError, OSError)
 
@@ -106,23 +108,32 @@ class Pace:
     self._stopped.set()
 
 
-def persist(call: Callable[[], T], patience: Patience, pace: Pace, key: str) -> T:
-  """The answer of `call`; after a TransientError it is tried again. The last one is raised, with the tries counted."""
-  for number in range(1, patience.tries + 1):
+def persist(
+  call: Callable[[], T], patience: Patience, pace: Pace, key: str, progress: Callable[[], int] | None = None
+) -> T:
+  """The answer of `call`; after a TransientError it is tried again. The last one is raised, with the tries counted.
+
+  Args:
+    progress: how far it came (bytes of a download): tries that come further than all before are not counted.
+  """
+  number, furthest = 0, progress() if progress else 0
+  while True:
     pace.wait()
     try:
       return call()
     except TransientError as error:
+      number += 1
+      if progress and progress() > furthest:
+        number, furthest = 1, progress()
       asked_s = error.retry_after_s or 0.0
       if asked_s > patience.longest_ask_s:
         raise TransientError(f"{error}; it asks for a pause of {asked_s:.0f} s, too long to wait") from error
-      if number == patience.tries:
+      if number >= patience.tries:
         tries = f" ({number} tries)" if number > 1 else ""
         raise TransientError(f"{error}{tries}", error.retry_after_s) from error
       if asked_s:
         pace.hold(asked_s)
       pace.rest(max(asked_s, patience.pause_s(number, key)))
-  raise ValueError(f"tries must be at least 1, not {patience.tries}")
 
 
 def retry_after_s(response: requests.Response) -> float | None:
@@ -136,7 +147,7 @@ def retry_after_s(response: requests.Response) -> float | None:
     return None
 
 
-def body(response: requests.Response, deadline: float) -> Iterator[bytes]:
+def body(response: requests.Response, deadline: float = math.inf) -> Iterator[bytes]:
   """The bytes of a streamed answer as they come, not decoded.
 
   Args:
@@ -163,7 +174,7 @@ def reason(error: BaseException) -> str:
   while cause.__cause__ or cause.__context__:
     cause = cause.__cause__ or cause.__context__  # type: ignore[assignment]
   if isinstance(error, requests.ConnectTimeout | requests.ReadTimeout) or isinstance(cause, TimeoutError):
-    return "no answer in time"
+    return SILENT
   return f"{type(cause).__name__}: {cause}" if not isinstance(cause, OSError) else (cause.strerror or str(cause))
 
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from kling_jax.data.caption import Caption
 from kling_jax.data.source import ClipSource
+from kling_jax.measure import camera
 
 NAME, VERSION = "facts", "facts-1"
 PLACES = 5  # frames whose colours are counted, spread over the clip
@@ -86,10 +87,6 @@ def _visual(scores: dict[str, float], duration_s: float, shares: dict[str, float
 
 
 def _camera(scores: dict[str, float]) -> str:
-  if "camera_pan" not in scores:
-    return ""
-  from kling_jax.measure import camera
-
   label = camera.label(scores)
   if not label:
     return ""

@@ -2,7 +2,8 @@
 
 import os
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.csv
@@ -12,6 +13,8 @@ import pyarrow.parquet
 from kling_jax import errors
 
 SUFFIXES = (".csv", ".jsonl", ".parquet")
+_CSV = pa.csv.ParseOptions(newlines_in_values=True)
+_READ = pa.csv.ReadOptions(block_size=8 * 2**20)
 
 
 def read_table(path: str | os.PathLike[str], strings: Iterable[str] = ("file", "caption")) -> pa.Table:
@@ -25,7 +28,7 @@ def read_table(path: str | os.PathLike[str], strings: Iterable[str] = ("file", "
     if path.suffix.lower() == ".csv":
       return pa.csv.read_csv(
         path,
-        parse_options=pa.csv.ParseOptions(newlines_in_values=True),
+        parse_options=_CSV,
         convert_options=pa.csv.ConvertOptions(
           column_types={name: pa.string() for name in strings}, strings_can_be_null=False
         ),
@@ -34,4 +37,54 @@ def read_table(path: str | os.PathLike[str], strings: Iterable[str] = ("file", "
       return pa.json.read_json(path)
     return pa.parquet.read_table(path)
   except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-    raise errors.DataError(f"{path}: no table that can be read ({str(error).splitlines()[0]})") from error
+    raise _no_table(path, error) from error
+
+
+def column_names(path: str | os.PathLike[str]) -> list[str]:
+  """The names of a table's columns, from its head alone where the format allows.
+
+  Raises:
+    DataError: the file is no such table.
+  """
+  path = pathlib.Path(path)
+  try:
+    if path.suffix.lower() == ".csv":
+      with pa.csv.open_csv(path, parse_options=_CSV) as reader:
+        return reader.schema.names
+    if path.suffix.lower() == ".parquet":
+      return pa.parquet.read_schema(path).names
+  except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+    raise _no_table(path, error) from error
+  return read_table(path).column_names
+
+
+def rows(path: str | os.PathLike[str], types: Mapping[str, pa.DataType]) -> Iterator[dict[str, Any]]:
+  """Yields a table's rows without holding it, as {column: value}: those of `types` that it has, in these types.
+
+  CSV and Parquet are read some MiB at a time; JSON lines are read whole. Empty cells of text are "", of numbers None.
+
+  Raises:
+    DataError: the file is no such table, or a cell is not of its column's type.
+  """
+  path = pathlib.Path(path)
+  known = [name for name in column_names(path) if name in types]
+  wanted = {name: types[name] for name in known}
+  schema = pa.schema(list(wanted.items()))
+  try:
+    if path.suffix.lower() == ".csv":
+      convert = pa.csv.ConvertOptions(column_types=wanted, include_columns=known, strings_can_be_null=False)
+      with pa.csv.open_csv(path, _READ, parse_options=_CSV, convert_options=convert) as reader:
+        for batch in reader:
+          yield from batch.to_pylist()
+    elif path.suffix.lower() == ".parquet":
+      with pa.parquet.ParquetFile(path) as file:
+        for batch in file.iter_batches(batch_size=8192, columns=known):
+          yield from batch.cast(schema).to_pylist()
+    else:
+      yield from read_table(path).select(known).cast(schema).to_pylist()
+  except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+    raise _no_table(path, error) from error
+
+
+def _no_table(path: pathlib.Path, error: Exception) -> errors.DataError:
+  return errors.DataError(f"{path}: no table that can be read ({str(error).splitlines()[0][:200]})")
