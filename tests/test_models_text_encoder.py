@@ -107,7 +107,7 @@ def test_it_learns_to_tell_texts_apart():
 def test_every_weight_has_axes_and_a_gradient():
   _, shapes, axes = params.abstract(build)
   assert axes["table"] == (None, "text")
-  assert axes["layers.attention.q.kernel"] == ("layers", "embed", "heads")
+  assert axes["layers.attention.q.kernel"] == ("layers", "embed", "text_heads")
   assert all(len(axes[name]) == len(shape.shape) for name, shape in shapes.items())
   graph, weights = params.split(build())
   tokens_BL, mask_BL = tokens.ByteTokenizer(12)(["a cat"])

@@ -109,8 +109,8 @@ def test_offload_is_refused_where_there_is_no_such_memory(monkeypatch: pytest.Mo
   ("mesh", "changes", "messages"),
   [
     ({"tensor": 4}, {"model.size": "S", "text.width": 256},
-     ["tensor=4 does not divide heads of the Video DiT (6); legal sizes of tensor: 1, 2"]),
-    ({"tensor": 2}, {}, ["tensor=2 does not divide heads of the text encoder (1); legal sizes of tensor: 1"]),
+     ["tensor=4 does not divide heads of the Video DiT (6); legal sizes of tensor: 1, 2, 3"]),
+    ({"tensor": 4}, {}, ["tensor=4 does not divide heads of the Video DiT (2); legal sizes of tensor: 1, 2"]),
     ({"context": 3}, {"data.buckets": ((9, 32, 32), (1, 32, 32))},
      ["context=3 does not divide tokens of bucket 1x32x32 (16); legal sizes of context: 1, 2"]),
     ({"replica": 2, "fsdp": 4}, {"data.batch": 12}, ["replica=2 does not divide", "legal sizes of replica: 1, 3"]),
@@ -129,6 +129,16 @@ def test_configs_are_refused_before_anything_is_allocated(
     Update(job, whole_model.make_mesh(**mesh))
   for message in messages:
     assert message in str(caught.value)
+
+
+def test_the_text_encoder_is_whole_over_tensor_and_limits_no_mesh() -> None:
+  """Its one head divides by nothing; the Video DiT's two do."""
+  job = task.make(config_lib.load(f"{ROOT}/configs/video_dit.py:runlocal"))
+  update = Update(job, whole_model.make_mesh(fsdp=2, tensor=2))
+  used = {name: set(sharding.spec) for name, sharding in update.parameter_shardings.items() if "kernel" in name}
+  assert job.graph is not None and any(name.startswith("text.") for name in used)
+  for name, axes in used.items():
+    assert ("tensor" in axes) == (name.startswith("dit.blocks.") and "modulation" not in name), (name, axes)
 
 
 def test_slices_are_crossed_by_replica_alone() -> None:

@@ -1,6 +1,9 @@
 """Every mesh gives the numbers of one device, moves only what it must, and is refused where it does not divide."""
 
+import dataclasses
 import functools
+import itertools
+import math
 import re
 
 import jax
@@ -19,18 +22,33 @@ from kling_jax.train.sharding import AXES, Extent
 
 # ---- equality ------------------------------------------------------------------------------------------------------
 
-SHAPES = [(2, 2, 1, 2), (1, 4, 2, 1), (1, 1, 2, 4)]  # of the twenty that 8 devices have
+SHAPES = [sizes for sizes in itertools.product((1, 2, 4, 8), repeat=4) if math.prod(sizes) == 8]
+ways_of = lambda sizes: ("ring", "ulysses") if sizes[AXES.index("context")] > 1 else ("",)
+CASES = [(sizes, way) for sizes in SHAPES for way in ways_of(sizes)]
+FEW = [((2, 2, 1, 2), ""), ((1, 4, 2, 1), "ring"), ((1, 1, 2, 4), "ring")]
+
+
+@functools.cache
+def program(sizes: tuple[int, ...] = (1, 1, 1, 1), way: str = "") -> jax.stages.Compiled:
+  """Loss and gradients of the whole model on a mesh, with one way of sharing attention over its context axis."""
+  return whole_model.lowered(whole_model.make_mesh(*sizes), choice=Choice(context=way or "auto")).compile()
 
 
 @functools.cache
 def alone():
-  return whole_model.loss_and_gradients(whole_model.make_mesh())
+  return whole_model.loss_and_gradients(program())
 
 
-@pytest.mark.parametrize("sizes", SHAPES)
-def test_loss_and_gradients_are_those_of_one_device(sizes: tuple[int, ...]) -> None:
+def test_there_are_twenty_shapes() -> None:
+  assert len(SHAPES) == 20 and len(CASES) == 30 and set(FEW) < set(CASES)
+
+
+@pytest.mark.parametrize(
+  ("sizes", "way"), [pytest.param(*case, marks=() if case in FEW else pytest.mark.drill) for case in CASES]
+)
+def test_loss_and_gradients_are_those_of_one_device(sizes: tuple[int, ...], way: str) -> None:
   expected, plain = alone()
-  loss, gradients = whole_model.loss_and_gradients(whole_model.make_mesh(*sizes), Choice(context="ring"))
+  loss, gradients = whole_model.loss_and_gradients(program(sizes, way))
   assert loss == pytest.approx(expected, rel=1e-5)
   assert gradients.keys() == plain.keys()
   for name, value in plain.items():
@@ -43,10 +61,8 @@ def test_loss_and_gradients_are_those_of_one_device(sizes: tuple[int, ...]) -> N
 
 
 @functools.cache
-def moved(*sizes: int, way: str = "ring") -> list[collectives.Collective]:
-  mesh = whole_model.make_mesh(*sizes)
-  text = whole_model.lowered(mesh, choice=Choice(context=way)).compile().as_text()
-  return collectives.read(text, mesh.shape)
+def moved(*sizes: int, way: str = "") -> list[collectives.Collective]:
+  return collectives.read(program(sizes, way).as_text(), dict(zip(AXES, sizes, strict=True)))
 
 
 def used_shapes(sizes: tuple[int, ...]) -> set[tuple[int, ...]]:
@@ -88,6 +104,35 @@ def test_tensor_never_gathers_and_its_sums_are_activations_or_norm_statistics() 
   assert found and {one.kind for one in found} == {"all-reduce"}
   rows = whole_model.ROWS // 4
   assert all(not shape or shape[0] == rows or len(shape) < 3 for one in found for _, shape in one.arrays)
+
+
+@pytest.mark.drill
+@pytest.mark.parametrize(("way", "kind"), [("ring", "collective-permute"), ("ulysses", "all-to-all")])
+def test_context_moves_the_part_of_one_device_a_hop(way: str, kind: str) -> None:
+  """In a block no video token is gathered, and no message holds more than keys and values of a device's own tokens."""
+  allowed = {squeezed(shape) for shape in used_shapes((1, 1, 1, 1))}
+  for ways in (2, 4, 8):
+    found = [one for one in moved(1, 1, ways, 1, way=way) if one.loops and "context" in one.axes]
+    sent = [one for one in found if one.kind in ("collective-permute", "all-to-all")]
+    part = whole_model.ROWS * whole_model.TOKENS // ways * whole_model.CONFIG.width * 4
+    assert {one.kind for one in sent} == {kind} and max(one.bytes for one in sent) <= 2 * part
+    sums = {squeezed(shape) for one in found if one.kind == "all-reduce" for _, shape in one.arrays}
+    assert {one.kind for one in found} <= {kind, "all-reduce"}
+    assert sums <= allowed, sums - allowed  # gradients of parameters, and of what every token asks
+
+
+@pytest.mark.drill
+def test_memory_of_activations_falls_with_the_context_axis() -> None:
+  size = dataclasses.replace(whole_model.SMALL, rows=1, side=48)  # 1728 tokens: activations outweigh the kernels
+  room = lambda ways: (
+    whole_model.lowered(whole_model.make_mesh(context=ways), size, choice=Choice(context="ring"))
+    .compile()
+    .memory_analysis()
+    .temp_size_in_bytes
+  )
+  two, eight = room(2), room(8)
+  print(f"temporaries of a device, 1728 tokens: context=2 {two / 2**20:.1f} MiB, context=8 {eight / 2**20:.1f} MiB")
+  assert eight < two / 3
 
 
 # ---- refusals ------------------------------------------------------------------------------------------------------

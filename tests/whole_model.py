@@ -113,9 +113,8 @@ def lowered(
   return step.lower(shapes, jax.eval_shape(size.batch))
 
 
-def loss_and_gradients(mesh: jax.sharding.Mesh, choice: Choice = Choice()) -> tuple[float, dict[str, np.ndarray]]:
-  """Of `SMALL` in float32, worked out by the devices of `mesh`."""
-  compiled = lowered(mesh, choice=choice).compile()
+def loss_and_gradients(compiled: jax.stages.Compiled) -> tuple[float, dict[str, np.ndarray]]:
+  """Of `SMALL` in float32, worked out by the program that `lowered` and the compiler made."""
   weights_at, rows_at = compiled.input_shardings[0]
   given = jax.device_put((SMALL.weights(), SMALL.batch()), (weights_at, rows_at))
   loss, gradients = compiled(*given)

@@ -5,19 +5,19 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from kling_jax.nn.linear import Linear
-from kling_jax.nn.partition import constrain
+from kling_jax.nn.partition import constrain, of
 
 
 class GeluMLP(nnx.Module):
   """down(gelu(up(x))), with GELU's tanh form; `tokens` is the logical name of the tokens (see MultiHeadAttention)."""
 
   def __init__(self, width: int, hidden: int, *, tokens: str = "tokens", rngs: nnx.Rngs):
-    self.tokens = tokens
-    self.up = Linear(width, hidden, axes=("embed", "mlp"), rngs=rngs)
-    self.down = Linear(hidden, width, axes=("mlp", "embed"), rngs=rngs)
+    self.tokens, self.columns = tokens, of(tokens, "mlp")
+    self.up = Linear(width, hidden, axes=("embed", self.columns), rngs=rngs)
+    self.down = Linear(hidden, width, axes=(self.columns, "embed"), rngs=rngs)
 
   def __call__(self, x_BND: jax.Array) -> jax.Array:
-    h_BNF = checkpoint_name(constrain(self.up(x_BND), ("batch", self.tokens, "mlp")), "mlp_hidden")
+    h_BNF = checkpoint_name(constrain(self.up(x_BND), ("batch", self.tokens, self.columns)), "mlp_hidden")
     return self.down(jax.nn.gelu(h_BNF, approximate=True))
 
 
@@ -25,12 +25,13 @@ class SwiGLU(nnx.Module):
   """down(silu(gate(x)) * up(x)), without biases (Shazeer 2020, "GLU variants improve Transformer")."""
 
   def __init__(self, width: int, hidden: int, *, tokens: str = "tokens", rngs: nnx.Rngs):
-    self.tokens = tokens
-    self.gate = Linear(width, hidden, axes=("embed", "mlp"), use_bias=False, rngs=rngs)
-    self.up = Linear(width, hidden, axes=("embed", "mlp"), use_bias=False, rngs=rngs)
-    self.down = Linear(hidden, width, axes=("mlp", "embed"), use_bias=False, rngs=rngs)
+    self.tokens, self.columns = tokens, of(tokens, "mlp")
+    self.gate = Linear(width, hidden, axes=("embed", self.columns), use_bias=False, rngs=rngs)
+    self.up = Linear(width, hidden, axes=("embed", self.columns), use_bias=False, rngs=rngs)
+    self.down = Linear(hidden, width, axes=(self.columns, "embed"), use_bias=False, rngs=rngs)
 
   def __call__(self, x_BND: jax.Array) -> jax.Array:
-    gate_BNF = checkpoint_name(constrain(self.gate(x_BND), ("batch", self.tokens, "mlp")), "mlp_hidden")
-    up_BNF = checkpoint_name(constrain(self.up(x_BND), ("batch", self.tokens, "mlp")), "mlp_hidden")
+    axes = ("batch", self.tokens, self.columns)
+    gate_BNF = checkpoint_name(constrain(self.gate(x_BND), axes), "mlp_hidden")
+    up_BNF = checkpoint_name(constrain(self.up(x_BND), axes), "mlp_hidden")
     return self.down(jax.nn.silu(gate_BNF) * up_BNF)

@@ -11,7 +11,7 @@ from kling_jax.errors import ConfigError
 from kling_jax.nn.attention import EVERYTHING, Mask, attention
 from kling_jax.nn.linear import Initializer, Linear, xavier
 from kling_jax.nn.norm import RMSNorm
-from kling_jax.nn.partition import constrain
+from kling_jax.nn.partition import constrain, of
 from kling_jax.nn.rotary import rotate
 
 QK_NORMS = ("full", "head", "none")
@@ -53,7 +53,7 @@ class MultiHeadAttention(nnx.Module):
     context_width: size of the tokens that are asked; `width` by default.
     qk_norm: RMS-norm of queries and keys before rotation: "full" over all heads at once (Wan 2.1), "head", or "none".
     out_init: initial values of the output projection; zeros make the layer a no-op at the start.
-    tokens: logical name of the asking tokens: "tokens" (a trainer may cut them over devices) or "text" (whole).
+    tokens: logical name of the asking tokens: "tokens" (a trainer may cut them, and heads, over devices) or "text".
   """
 
   def __init__(
@@ -76,14 +76,14 @@ class MultiHeadAttention(nnx.Module):
       raise ConfigError(f"width={width} does not divide into heads={heads}; choose heads that divide it")
     self.heads, self.kv_heads, self.tokens = heads, kv_heads or heads, tokens
     self.head_size = head_size or width // heads
-    asked = context_width or width
+    asked, columns = context_width or width, of(tokens, "heads")
     queries, keys = self.heads * self.head_size, self.kv_heads * self.head_size
-    self.q = Linear(width, queries, axes=("embed", "heads"), use_bias=use_bias, rngs=rngs)
-    self.k = Linear(asked, keys, axes=("embed", "heads"), use_bias=use_bias, rngs=rngs)
-    self.v = Linear(asked, keys, axes=("embed", "heads"), use_bias=use_bias, rngs=rngs)
-    self.out = Linear(queries, width, axes=("heads", "embed"), use_bias=use_bias, init=out_init, rngs=rngs)
+    self.q = Linear(width, queries, axes=("embed", columns), use_bias=use_bias, rngs=rngs)
+    self.k = Linear(asked, keys, axes=("embed", columns), use_bias=use_bias, rngs=rngs)
+    self.v = Linear(asked, keys, axes=("embed", columns), use_bias=use_bias, rngs=rngs)
+    self.out = Linear(queries, width, axes=(columns, "embed"), use_bias=use_bias, init=out_init, rngs=rngs)
     self.full_norm = qk_norm == "full"
-    norm = lambda size: RMSNorm(size if self.full_norm else self.head_size, axis="heads" if self.full_norm else "head")
+    norm = lambda size: RMSNorm(size if self.full_norm else self.head_size, axis=columns if self.full_norm else "head")
     self.q_norm = None if qk_norm == "none" else norm(queries)
     self.k_norm = None if qk_norm == "none" else norm(keys)
 
@@ -105,7 +105,7 @@ class MultiHeadAttention(nnx.Module):
       x_BNKE = norm(x_BNKE)
     if angles is not None:
       x_BNKE = rotate(x_BNKE, angles)
-    return checkpoint_name(constrain(x_BNKE, ("batch", tokens, "heads", "head")), "qkv")
+    return checkpoint_name(constrain(x_BNKE, ("batch", tokens, of(self.tokens, "heads"), "head")), "qkv")
 
   def attend(
     self,

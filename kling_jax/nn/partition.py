@@ -1,7 +1,8 @@
 """The seam where a trainer places activations: modules name the axes of an array, the trainer says where they lie.
 
 Activation axes used by the modules: batch, tokens, text, embed, heads, head, mlp. They are looked up apart from the
-axes of parameters: "embed" is commonly split over `fsdp` in a kernel and whole in an activation.
+axes of parameters: "embed" is commonly split over `fsdp` in a kernel and whole in an activation. Heads and MLP columns
+of layers over other tokens than the video's have names of their own (`of`), so that a trainer can lay them out apart.
 """
 
 import contextlib
@@ -18,6 +19,11 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array, Mask, str, Tokens], jax.Arra
 _constrain: contextvars.ContextVar[Constrain | None] = contextvars.ContextVar("constrain", default=None)
 _parts: contextvars.ContextVar[Mapping[str, int]] = contextvars.ContextVar("parts", default={})  # noqa: B039
 _attend: contextvars.ContextVar[Attend | None] = contextvars.ContextVar("attend", default=None)
+
+
+def of(tokens: str, axis: str) -> str:
+  """The name of `axis` ("heads", "mlp") in a layer over `tokens`: itself for the video's, "text_heads" for a text's."""
+  return axis if tokens == "tokens" else f"{tokens}_{axis}"
 
 
 def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:

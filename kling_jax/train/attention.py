@@ -68,7 +68,7 @@ def attend(mesh: Mesh, rules: Mapping[str, tuple[str, ...]], choice: Choice) -> 
     if mesh.size == 1:
       return local(q_BNKE, k_BLGE, v_BLGE, mask)
     rows = _cut(mesh, rules.get("batch", ()), q_BNKE.shape[0])
-    heads = _cut(mesh, rules.get("heads", ()), q_BNKE.shape[2])
+    heads = _cut(mesh, rules.get(partition.of(tokens[0] or "tokens", "heads"), ()), q_BNKE.shape[2])
     if k_BLGE.shape[2] % _ways(mesh, heads):
       k_BLGE, v_BLGE = (jnp.repeat(x, q_BNKE.shape[2] // x.shape[2], axis=2) for x in (k_BLGE, v_BLGE))
     axes = rules.get(tokens[0] or "", ())

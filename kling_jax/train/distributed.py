@@ -236,6 +236,10 @@ def start(job: Job, heartbeat_s: int = HEARTBEAT_S) -> None:
     initialization_timeout=START_S,
     heartbeat_timeout_seconds=heartbeat_s,
   )
+  if jax.default_backend() == "cpu":
+    # JAX's cache of compiled programs has an entry for each process on CPU, of which only process 0 writes its own. At
+    # the next start it would be ahead of the others by one compilation, and Gloo waits for them for 30 s only.
+    jax.config.update("jax_enable_compilation_cache", False)
 
 
 def _wait_for_name(host: str) -> None:

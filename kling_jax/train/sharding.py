@@ -30,7 +30,8 @@ class Rule(NamedTuple):
 
 # The one table. Samples spread over replica and fsdp, tokens over context, heads and MLP columns over tensor. Kernels
 # are cut along the model's width over fsdp, and gathered where they are used. Names that are absent are whole on every
-# device: text tokens (every part of a video asks all of its text), modulation, convolution channels.
+# device: text tokens (every part of a video asks all of its text) with the heads and columns of their small encoder,
+# modulation, convolution channels.
 RULES: Mapping[str, Rule] = {
   "batch": Rule(None, ("replica", "fsdp")),
   "tokens": Rule(None, ("context",)),

@@ -102,8 +102,6 @@ class VideoDiTTask(Task):
   def extents(self) -> list[Extent]:
     c = self.config
     found = [Extent("heads", "heads of the Video DiT", self.dit.heads)]
-    if c.text.encoder == "bytes":
-      found.append(Extent("heads", "heads of the text encoder", max(1, c.text.width // 64)))
     for bucket in c.data.buckets:
       tokens = math.prod(self.dit.grid(*self.geometry.latent_shape(*bucket)[:3]))
       found.append(Extent("tokens", f"tokens of bucket {'x'.join(map(str, bucket))}", tokens))
