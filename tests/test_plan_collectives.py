@@ -79,6 +79,14 @@ def test_kinds_and_sizes(line: str, kind: str, size: int) -> None:
   assert (found.kind, found.bytes) == (kind, size)
 
 
+def test_what_follows_a_kernel_with_metadata_on_lines_of_its_own() -> None:
+  """The TPU compiler's text of a Pallas kernel; all that stood behind it in a computation was once left out."""
+  kernel = 'f32[4,8] custom-call(%x), frontend_attributes={kernel_metadata={\n"block_q":"512"\n}}, metadata={op_name="k"}'
+  line = f"{kernel}\n  ROOT %last = {GATHER.format(groups='replica_groups=[4,2]<=[8]')}"
+  (found,) = collectives.read(TEXT.format(line=line), MESH)
+  assert (found.kind, found.axes, found.loops) == ("all-gather", ("tensor",), 1)
+
+
 def test_what_is_not_understood_is_refused() -> None:
   with pytest.raises(ValueError, match="no entry computation"):
     collectives.read("HloModule nothing", MESH)

@@ -115,7 +115,7 @@ def _parse(text: str) -> tuple[dict[str, list[_Instruction]], str]:
       if head:
         current = computations.setdefault(head.group(2), [])
         entry = head.group(2) if head.group(1) else entry
-    elif line.startswith("}"):
+    elif line.startswith("}") and not line.startswith("}}"):  # "}}" closes the metadata of a kernel, on its own line
       current = None
     else:
       match = _INSTRUCTION.match(line)
