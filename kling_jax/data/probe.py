@@ -112,6 +112,21 @@ def probe(
     )
 
 
+def stamps(
+  source: str | os.PathLike[str] | bytes, limits: container.Limits = container.DEFAULT_LIMITS
+) -> tuple[np.ndarray, int]:
+  """The frames' time stamps in ticks, (T,) ascending, and the end of the last frame; from packets, without decoding.
+
+  Raises:
+    MediaError: not one frame can be had.
+  """
+  with container.open_video(source, limits) as video:
+    walk = _walk(video, decode=False)
+    if walk.first is None:
+      raise reasons.MediaError(video.source, "zero_frames", "no frame in the file")
+    return walk.pts, int(walk.pts[-1]) + walk.last_duration
+
+
 @dataclasses.dataclass
 class _Walk:
   """What one pass over a file saw."""

@@ -56,6 +56,25 @@ class Member:
       raise errors.DataError(f"{self.source}: the tar became shorter while it was in use")
     return data
 
+  def copy(self, path: str | os.PathLike[str]) -> None:
+    """Writes its content to a file, some MiB at a time.
+
+    Raises:
+      DataError: the tar became shorter, or is gone.
+    """
+    left = self.size
+    with open(path, "wb") as target:
+      try:
+        with open(self.tar, "rb") as file:
+          file.seek(self.offset)
+          while left and (chunk := file.read(min(left, 2**22))):
+            target.write(chunk)
+            left -= len(chunk)
+      except FileNotFoundError as error:
+        raise errors.DataError(f"{self.source}: the tar is gone") from error
+    if left:
+      raise errors.DataError(f"{self.source}: the tar became shorter while it was in use")
+
 
 @dataclasses.dataclass(frozen=True)
 class Sample:

@@ -1,0 +1,152 @@
+"""What curation reads: tables of Koala-36M's form with spans, fetched videos, WebDataset tars; what is not there."""
+
+import csv
+import fractions
+import io
+import json
+import os
+import pathlib
+import tarfile
+import tracemalloc
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from kling_jax.curation import inputs
+from kling_jax.data import container, download, encode, koala, span_index
+from kling_jax.errors import DataError
+
+LIMITS = container.DEFAULT_LIMITS
+FRAMES = 60
+RATE = fractions.Fraction(30000, 1001)  # no whole number of milliseconds a frame
+
+
+@pytest.fixture(scope="module")
+def footage(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+  """Two videos of 2 s whose red tells the frame."""
+  top = tmp_path_factory.mktemp("videos")
+  for name, green in (("dQw4w9WgXcQ", 10), ("a_b", 200)):
+    frame = lambda k, green=green: np.broadcast_to(np.array([4 * k, green, 60], np.uint8), (48, 64, 3))
+    encode.write(top / f"{name}.mp4", (frame(k) for k in range(FRAMES)), fps=RATE)
+  return top
+
+
+def koala_table(path: pathlib.Path, rows: list[dict[str, object]]) -> pathlib.Path:
+  with path.open("w", newline="") as file:
+    writer = csv.DictWriter(file, koala.COLUMNS)
+    writer.writeheader()
+    writer.writerows(rows)
+  return path
+
+
+def row(video_id: str, start: float, end: float, **values: object) -> dict[str, object]:
+  url = f"https://www.youtube.com/watch?v={video_id.rpartition('_')[0]}"
+  return {"videoID": video_id, "url": url, "timestamp": koala.format_span(start, end)} | values
+
+
+def test_a_released_table_is_matched_to_the_videos_on_disk(footage, tmp_path) -> None:
+  rows = [
+    row("a_b_1", 1.0, 1.5, caption='Second, "quoted"\nline', motion_score=3.5, video_training_suitability_score=4.0),
+    row("missing_0", 0.0, 1.0),
+    row("a_b_0", 0.0, 1.0, caption="First"),
+    row("dQw4w9WgXcQ_7", 0.5, 1.0, caption="Other"),
+    {"videoID": "a_b_2", "timestamp": "nonsense"},
+  ]
+  table = koala_table(tmp_path / "Koala_36M_1.csv", rows)
+  found = inputs.find(table, tmp_path, method="table", videos=footage)
+  assert [os.path.basename(path) for path in found.paths] == ["a_b.mp4", "dQw4w9WgXcQ.mp4"]  # as the table has them
+  assert (found.counts.rows, found.counts.absent, found.counts.damaged) == (5, 1, 1)
+  assert "row 5: timestamp 'nonsense'" in found.counts.first
+  spans = inputs.spans_of(found.job(found.paths[0]) | {"path": found.paths[0]})
+  assert [(span.start_s, span.end_s, span.caption.text) for span in spans] == [
+    (0.0, 1.0, "First"),
+    (1.0, 1.5, 'Second, "quoted" line'),
+  ]
+  assert spans[1].vtss == 4.0 and spans[1].scores["koala_motion"].value == 3.5 and spans[0].scores == {}
+  captions = inputs.said(found.job(found.paths[0]) | {"path": found.paths[0]}, lambda top: pytest.fail("not asked"))
+  assert captions.of("", "", (1.1, 1.6)).text == 'Second, "quoted" line' and not captions.of("", "", (1.4, 2.0))
+
+
+def test_spans_become_the_very_frames(footage) -> None:
+  path = str(footage / "a_b.mp4")
+  tick = 1 / float(RATE)
+  spans = [(10, 20), (20, 21), (30, 60), (59, 99)]
+  wanted = [koala.parse_span(koala.format_span(a * tick, b * tick)) for a, b in spans]
+  asked = [span_index.Span(a, b, span_index.Caption(), {}) for a, b in [*wanted, (50.0, 60.0), (0.0, float("inf"))]]
+  split, kept = inputs.split(path, asked, LIMITS)
+  assert [(shot.start_frame, shot.end_frame) for shot in split.shots] == [
+    (10, 20),
+    (20, 21),
+    (30, 60),
+    (59, 60),
+    (0, 60),
+  ]
+  assert len(kept) == 5 and split.transitions == () and split.num_frames == FRAMES
+
+
+def test_memory_does_not_grow_with_the_table(footage, tmp_path) -> None:
+  peaks = []
+  for count in (6_000, 18_000):  # 12 and 36 MB
+    name = lambda k: "a_b" if k % 50 == 0 else "gone"
+    rows = [row(f"{name(k)}_{k}", k % 2, k % 2 + 0.5, caption="word " * 400) for k in range(count)]
+    table = koala_table(tmp_path / f"{count}.csv", rows)
+    tracemalloc.start()
+    before = pa.total_allocated_bytes()
+    found = inputs.find(table, tmp_path, method="table", videos=footage)
+    peaks.append(tracemalloc.get_traced_memory()[1])
+    tracemalloc.stop()
+    assert pa.total_allocated_bytes() - before < 1e6
+    assert found.counts.rows == count and len(found.paths) == 1
+    assert len(inputs.spans_of(found.job(found.paths[0]) | {"path": found.paths[0]})) == count // 50
+  assert table.stat().st_size > 36e6 and peaks[1] < 1.2 * peaks[0] < 36e6
+
+
+def test_fetched_videos_are_known_by_their_address(footage, tmp_path) -> None:
+  (tmp_path / "videos").mkdir()
+  url = "https://example.org/a.mp4?token=x"
+  (tmp_path / "videos" / "f.mp4").write_bytes((footage / "a_b.mp4").read_bytes())
+  entry = {"key": download.key(url), "url": "https://example.org/a.mp4", "file": "f.mp4", "bytes": 1, "sha256": ""}
+  (tmp_path / "videos" / "fetched.jsonl").write_text(json.dumps(entry) + "\n")
+  (tmp_path / "t.jsonl").write_text(
+    json.dumps({"url": url}) + "\n" + json.dumps({"url": "https://example.org/b"}) + "\n"
+  )
+  found = inputs.find(tmp_path / "t.jsonl", tmp_path, method="default", videos=tmp_path / "videos")
+  assert [os.path.basename(path) for path in found.paths] == ["f.mp4"] and found.counts.absent == 1
+
+
+@pytest.mark.parametrize(
+  ("text", "method", "words"),
+  [
+    ("title\nx\n", "default", "wants a column file, url or videoID"),
+    ("videoID\nx_1\n", "default", "none of its 1 rows names a video"),
+    ("videoID,timestamp\na_b_1,soon\n", "table", "1 rows cannot be read, the first: row 1: timestamp 'soon'"),
+  ],
+)
+def test_tables_without_videos_say_why(text, method, words, footage, tmp_path) -> None:
+  (tmp_path / "t.csv").write_text(text)
+  with pytest.raises(DataError, match=words):
+    inputs.find(tmp_path / "t.csv", tmp_path, method=method, videos=footage)
+  with pytest.raises(DataError, match="wants a table with spans"):
+    inputs.find(footage, tmp_path, method="table")
+
+
+def test_a_member_of_a_tar_is_a_local_file_while_it_is_looked_at(footage, tmp_path) -> None:
+  pack(tmp_path / "a.tar", {"x/1.mp4": (footage / "a_b.mp4").read_bytes(), "x/1.txt": b"A tar."})
+  found = inputs.find(tmp_path / "a.tar", tmp_path, method="default")
+  [path] = found.paths
+  job = json.loads(json.dumps(found.job(path) | {"path": path, "staging": str(tmp_path)}))
+  with inputs.local(job) as local:
+    assert pathlib.Path(local).read_bytes() == (footage / "a_b.mp4").read_bytes() and local.endswith(".mp4")
+  assert not os.path.exists(local) and found.holds(path) and not found.holds(path + "x")
+  assert inputs.said(job, lambda top: pytest.fail("not asked")).of("", "").text == "A tar."
+  state = (tmp_path / "a.tar").stat()
+  assert inputs.file_state(path) == (state.st_size, state.st_mtime_ns) and inputs.file_state("/none/x") == (-1, -1)
+
+
+def pack(path: pathlib.Path, members: dict[str, bytes]) -> None:
+  with tarfile.open(path, "w") as archive:
+    for name, data in members.items():
+      info = tarfile.TarInfo(name)
+      info.size = len(data)
+      archive.addfile(info, io.BytesIO(data))
