@@ -1,6 +1,8 @@
 """The exception family: each message says what is wrong, where, and how to mend it."""
 
 import difflib
+import errno
+import os
 from collections.abc import Iterable
 
 
@@ -26,6 +28,12 @@ class DataError(KlingError):
   """Input data is missing, damaged or of another kind than was promised."""
 
 
+class NoRoom(DataError):
+  """The disk is full; what was written before is intact."""
+
+  exit_code = 74  # EX_IOERR of sysexits.h: a runner tells it from a worker that broke
+
+
 class WeightsError(KlingError):
   """Weights or a checkpoint do not fit the model."""
 
@@ -38,6 +46,20 @@ class MeshError(KlingError):
 
 class ProcessError(KlingError):
   """A process of a job with several was lost, so that none of them can go on."""
+
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def no_room(error: BaseException | None) -> bool:
+  """Whether a full disk is behind an error; libraries wrap it in kinds of their own."""
+  while error is not None:
+    if isinstance(error, NoRoom) or (isinstance(error, OSError) and error.errno in NO_ROOM):
+      return True
+    if any(os.strerror(code) in str(error) for code in NO_ROOM):
+      return True
+    error = error.__cause__ or error.__context__
+  return False
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

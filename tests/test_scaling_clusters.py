@@ -13,7 +13,7 @@ import yaml
 from kling_jax.errors import DataError, UsageError
 from kling_jax.scaling import clusters, executor
 from kling_jax.scaling.clusters import Gke, Needs, Slurm, Unreached
-from kling_jax.scaling.ledger import NoRoom
+from kling_jax.errors import NoRoom
 
 FAKE = """#!{python}
 import json, pathlib, sys

@@ -10,7 +10,8 @@ import time
 import pytest
 
 from kling_jax.errors import DataError
-from kling_jax.scaling.ledger import LeaseLost, Ledger, Limits, NoRoom
+from kling_jax.errors import NoRoom
+from kling_jax.scaling.ledger import LeaseLost, Ledger, Limits
 
 ROOT = pathlib.Path(__file__).parents[1]
 PRELUDE = "import sys, time, os; from kling_jax.scaling.ledger import *; ledger = Ledger(sys.argv[1]);"

@@ -228,3 +228,75 @@ def test_parabolas_are_near_the_surface_on_a_nearly_symmetric_law():
     assert valley.params == pytest.approx(truth.optimum(valley.flops).params, rel=0.04)
   scattered = c * np.geomspace(0.3, 3, 21)
   assert not loglinear.valleys(n, scattered / 6 / n, scattered, truth(n, scattered / 6 / n))
+
+
+# ---- one curvature for all -------------------------------------------------------------------------------------------
+
+
+def coarse(noise: float, seed: int = 0, below: float = 0.0) -> dict:
+  """Grids of an octave, four by four, of 3 x 3 (N, T), in the logs of the loss; `below`: how far under them B* lies."""
+  rng = np.random.default_rng(seed)
+  columns: dict = {name: [] for name in ("params", "tokens", "lr", "batch_tokens", "loss", "run")}
+  for n in (1e8, 3e8, 9e8):
+    for x in (-1, 0, 1, 2):
+      for y in (-1, 0, 1, 2):
+        own = noise * rng.standard_normal() / math.sqrt(2)  # shared by the T of a run
+        for t in (2e9, 6e9, 2e10):
+          lr = optimum(ETA, n, 6e9) * 2.0**x  # one grid for all T, as runs read at many T have it
+          batch = optimum(BATCH, n, 6e9) * 2.0 ** (y + below)
+          away = np.log([lr / optimum(ETA, n, t), batch / optimum(BATCH, n, t)])
+          level = math.log(1.5 + 400 / n**0.35 + 500 / t**0.3)
+          columns["loss"].append(
+            math.exp(level + 2 * away @ BOWL @ away / 2 + own + noise * rng.standard_normal() / math.sqrt(2))
+          )
+          for name, value in (("params", n), ("tokens", t), ("lr", lr), ("batch_tokens", batch), ("run", f"{n}{x}{y}")):
+            columns[name].append(value)
+  return columns
+
+
+def test_one_curvature_gives_exact_laws_back():
+  laws = lr_batch.joint(table.from_columns(coarse(0.0)), within=0.2)
+  np.testing.assert_allclose(laws.lr.estimate, [math.log(ETA[0]), *ETA[1:]], rtol=1e-6)
+  np.testing.assert_allclose(laws.batch_tokens.estimate, [math.log(BATCH[0]), *BATCH[1:]], rtol=1e-6)
+  np.testing.assert_allclose(laws.curvature, 2 * BOWL, rtol=1e-6)
+  for cell in laws.cells:
+    level = 1.5 + 400 / cell.params**0.35 + 500 / cell.tokens**0.3
+    assert cell.loss == pytest.approx(level, rel=1e-9)
+
+
+def test_one_curvature_covers_the_truth_where_cells_alone_say_nothing():
+  """Noise of half a percent on octave grids: no quadratic of its own; the intervals of the common fit hold."""
+  inside = []
+  for seed in range(120):
+    runs = table.from_columns(coarse(0.005, seed))
+    if seed == 0:
+      assert sum(not cell.reason for cell in lr_batch.cells(runs)) < 4
+      assert "share one curvature" in lr_batch.fit(runs).warnings[0]
+    laws = lr_batch.joint(runs)
+    for law, truth in ((laws.lr, ETA), (laws.batch_tokens, BATCH)):
+      pairs = law.intervals(0.9)
+      inside.append([pairs["params"][0] <= truth[1] <= pairs["params"][1],
+                     pairs["tokens"][0] <= truth[2] <= pairs["tokens"][1]])  # fmt: skip
+  covered = np.mean(inside)
+  assert 0.8 <= covered <= 0.97, covered
+
+
+def test_a_best_batch_below_the_grid_is_said_and_the_border_taken():
+  runs = table.from_columns(coarse(0.0, below=3.0))
+  laws = lr_batch.joint(runs, within=0.5)
+  assert "lies below all that were run" in laws.warnings[1]
+  for cell in laws.cells:
+    assert cell.batch_tokens == pytest.approx(runs.batch_tokens[cell.rows].min())
+    assert cell.lr == pytest.approx(laws.lr_given_batch(cell.batch_tokens, cell.params, cell.tokens))
+  tuned = lr_batch.tuned(runs)
+  np.testing.assert_allclose(sorted(tuned.loss), sorted(cell.loss for cell in lr_batch.joint(runs).cells))
+
+
+def test_runs_without_a_common_minimum_are_an_error_and_the_lowest_losses_stand():
+  columns = coarse(0.0)
+  columns["loss"] = [3 - 0.01 * math.log(lr) for lr in columns["lr"]]
+  runs = table.from_columns(columns)
+  with pytest.raises(DataError, match="Hessian|span"):
+    lr_batch.fit(runs)
+  lowest = [runs.loss[group].min() for group in lr_batch.groups(runs)]
+  np.testing.assert_allclose(lr_batch.tuned(runs).loss, lowest)

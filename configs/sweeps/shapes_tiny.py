@@ -9,6 +9,7 @@ trained where the laws say. Beside the tuned arm stand those that the paper argu
 same stage-1 runs give them:
 
   kaplan      small batch with more steps: the smallest batch of the grid, at its best learning rate for the size
+              (at this scale the best batch is below two clips, so that this and the tuned arm ask for the same runs)
   chinchilla  one learning rate and batch for every run: the ones that are best on average over stage 1
   deepseek    learning rate and batch as power laws of C alone
 
@@ -26,16 +27,17 @@ from kling_jax.scaling import arms
 
 STUDY = arms.Study(
   horizons=(98_304, 196_608, 393_216),  # tokens; 2,048 to 8,192 clips of 48
-  batches={"d16": (2, 4, 8, 16), "d32": (2, 4, 8, 16), "d48": (4, 8, 16), "d64": (4, 8, 16, 32)},
+  batches={"d16": (2, 4, 8, 16), "d32": (2, 4, 8, 16), "d48": (2, 4, 8, 16), "d64": (2, 4, 8, 16, 32)},
   rates={
-    "d16": (4e-3, 8e-3, 1.6e-2, 3.2e-2),
-    "d32": (2e-3, 4e-3, 8e-3, 1.6e-2),
-    "d48": (2e-3, 4e-3, 8e-3, 1.6e-2),
-    "d64": (1.5e-3, 3e-3, 6e-3, 1.2e-2),
+    "d16": (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2),
+    "d32": (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
+    "d48": (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
+    "d64": (7.5e-4, 1.5e-3, 3e-3, 6e-3, 1.2e-2),
   },
   repeats={"d16": (16, 8e-3), "d32": (16, 4e-3), "d48": (16, 4e-3), "d64": (16, 3e-3)},
   holdouts=(("d80", 786_432, 2, 4), ("d96", 393_216, 1, 4)),
   memory=24_576,
+  multiple=2,
 )
 
 

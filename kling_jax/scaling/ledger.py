@@ -26,20 +26,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from kling_jax import files
-from kling_jax.errors import DataError
+from kling_jax.errors import NO_ROOM, DataError, NoRoom
 
 ENDS = ("finished", "diverged", "failed", "stopped")
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class LeaseLost(DataError):
   """Another worker took over the run, because this one did not say for too long that it lives."""
-
-
-class NoRoom(DataError):
-  """The disk is full; what was recorded before is intact."""
-
-  exit_code = 74  # EX_IOERR of sysexits.h: the runner tells it from a worker that broke
 
 
 @dataclasses.dataclass

@@ -1,4 +1,7 @@
-"""The best learning rate and batch: a quadratic in their logs for each (N, T), and power laws through its minima."""
+"""The best learning rate and batch: a quadratic in their logs for each (N, T), and power laws through its minima.
+
+Where grids are too coarse or too noisy for a quadratic each, all (N, T) share one curvature (`joint`).
+"""
 
 import dataclasses
 
@@ -11,6 +14,7 @@ from kling_jax.scaling.table import RunTable
 WITHIN = 0.01  # runs whose loss lies within this share of their cell's lowest one enter its quadratic
 ENOUGH = 12  # runs of a quadratic, two for each of its six coefficients; cells with fewer tell little
 LEAST = 7  # runs of a quadratic at all
+JOINT_WITHIN = 0.06  # as WITHIN, for the curvature that all cells share: more runs, less local
 REACH = np.log(2)  # how far, in logs, a minimum may lie outside the rates and batches that were run
 
 
@@ -138,12 +142,13 @@ def _cell(table: RunTable, rows: np.ndarray, within: float) -> Cell:
   dX[0, 5], dX[1, 5] = vertex[1], vertex[0]
   slope = -np.linalg.solve(H, dX)
   covariance = noise**2 * slope @ np.linalg.inv(X.T @ X) @ slope.T
-  lr, batch = float(np.exp(x0 + vertex[0])), float(np.exp(y0 + vertex[1]))
+  logs = x0 + vertex[0], y0 + vertex[1]
+  lr, batch = (float(np.exp(np.clip(value, -700, 700))) for value in logs)
   found = dataclasses.replace(
     best, lr=lr, batch_tokens=batch, loss=loss, hessian=H / loss, covariance=covariance, noise=noise, near=len(near)
   )
   every = np.log(table.lr[rows]), np.log(table.batch_tokens[rows])
-  outside = any(not a.min() - REACH <= v <= a.max() + REACH for a, v in zip(every, np.log([lr, batch]), strict=True))
+  outside = any(not a.min() - REACH <= v <= a.max() + REACH for a, v in zip(every, logs, strict=True))
   if outside:
     return dataclasses.replace(best, reason=f"its minimum (lr {lr:.3g}, batch {batch:.3g}) lies outside its grid")
   return found
@@ -153,9 +158,11 @@ def fit(table: RunTable, within: float = WITHIN) -> Laws:
   """The laws lr(N, T) and B(N, T), by least squares in logs over the cells that have a minimum.
 
   Cells whose quadratic stands on fewer than ENOUGH runs are used, with a warning, where there are not four others.
+  Where fewer than four cells, or less than half of them, have a minimum at all, the laws are those of `joint`, with a
+  warning.
 
   Raises:
-    DataError: no lr or batch_tokens, or fewer than four cells with a minimum.
+    DataError: no lr or batch_tokens, or neither way gives laws.
   """
   every = cells(table, within)
   warnings = []
@@ -168,6 +175,8 @@ def fit(table: RunTable, within: float = WITHIN) -> Laws:
     warnings.append(f"fewer than four (N, T) have {ENOUGH} runs near their best; quadratics stand on as few as {LEAST}")
   good = [cell for cell in every if not cell.reason]
   bad = tuple(cell for cell in every if cell.reason)
+  if not _enough(every) and len(every) >= 4:
+    return joint(table, max(within, JOINT_WITHIN))
   if len(good) < 4:
     why = f"; {bad[0].params:.3g} parameters, {bad[0].tokens:.3g} tokens: {bad[0].reason}" if bad else ""
     raise DataError(f"{len(good)} of {len(every)} cells have a best (lr, batch); laws of N and T need four{why}")
@@ -184,16 +193,108 @@ def fit(table: RunTable, within: float = WITHIN) -> Laws:
   )
 
 
+def joint(table: RunTable, within: float = JOINT_WITHIN) -> Laws:
+  """The laws lr(N, T) and B(N, T) from one least-squares fit to the runs of all cells near their best.
+
+  With z = (log lr, log B) and a = (1, log N, log T) the loss of a run is
+
+    log L = c(N, T) + z' H z / 2 + z' G a
+
+  with one H (2, 2) and one G (2, 3) for all cells and a level c for each: linear in all of them, and its minimum
+  z* = -H^-1 G a is a power law of N and T. Errors are clustered by run, because one run is read at many T. A cell's
+  own lr, batch and loss are those of the minimum, at the border of the batches that were run where it lies beyond.
+
+  Raises:
+    DataError: no lr or batch_tokens; the runs do not span the form; it has no minimum.
+  """
+  if table.lr is None or table.batch_tokens is None:
+    raise DataError("laws of learning rate and batch need the columns lr and batch_tokens")
+  every = groups(table)
+  near = [rows[table.loss[rows] <= table.loss[rows].min() * (1 + within)] for rows in every]
+  rows, cell = np.concatenate(near), np.repeat(np.arange(len(every)), [len(part) for part in near])
+  z = np.log(np.stack([table.lr[rows], table.batch_tokens[rows]], axis=1))
+  a = np.log(np.stack([table.params[rows], table.tokens[rows]], axis=1))
+  z0, a0 = z.mean(axis=0), a.mean(axis=0)
+  x, a = z - z0, np.concatenate([np.ones((len(rows), 1)), a - a0], axis=1)
+  squares = np.stack([x[:, 0] ** 2 / 2, x[:, 1] ** 2 / 2, x[:, 0] * x[:, 1]], axis=1)
+  X = np.concatenate([squares, x[:, :1] * a, x[:, 1:] * a, np.eye(len(every))[cell]], axis=1)
+  y = np.log(table.loss[rows])
+  if np.linalg.matrix_rank(X) < X.shape[1] or len(y) <= X.shape[1]:
+    raise DataError(
+      f"{len(y)} runs within {within:.0%} of the best of their (N, T) do not span a common quadratic in lr and batch"
+    )
+  c, _, _, _ = np.linalg.lstsq(X, y, rcond=None)
+  H, G, levels = np.array([[c[0], c[2]], [c[2], c[1]]]), c[3:9].reshape(2, 3), c[9:]
+  if np.linalg.eigvalsh(H)[0] <= 0:
+    raise DataError(
+      "the quadratic in lr and batch that all (N, T) share has no minimum (Hessian not positive definite)"
+    )
+  error = y - X @ c
+  dof = len(y) - X.shape[1]
+  noise = float(np.sqrt((error**2).sum() / dof))
+  inverse = np.linalg.inv(X.T @ X)
+  runs, of = np.unique(table.run[rows], return_inverse=True)
+  scores = np.zeros((len(runs), X.shape[1]))
+  np.add.at(scores, of, X * error[:, None])
+  covariance = inverse @ (scores.T @ scores) @ inverse * len(runs) / max(len(runs) - 9, 1)
+  E = -np.linalg.solve(H, G)  # z* - z0 = E a
+  # d E = -H^-1 (dG + dH E), for each of the nine coefficients.
+  slope = np.zeros((2, 3, X.shape[1]))
+  for k, dH in enumerate(([[1, 0], [0, 0]], [[0, 0], [0, 1]], [[0, 1], [1, 0]])):
+    slope[:, :, k] = -np.linalg.solve(H, np.array(dH) @ E)
+  for k in range(6):
+    slope[:, :, 3 + k] = -np.linalg.solve(H, np.eye(6)[k].reshape(2, 3))
+  back = np.array([[1.0, -a0[0], -a0[1]], [0, 1, 0], [0, 0, 1]])  # from centred logs to raw ones
+
+  def law(k: int) -> loglinear.PowerFit:
+    estimate = back @ E[k] + np.array([z0[k], 0, 0])
+    J = back @ slope[k]
+    return loglinear.PowerFit(
+      ("params", "tokens"), estimate, J @ covariance @ J.T, float(max(len(runs) - 9, 1)), noise, len(y)
+    )
+
+  found = []
+  for k, group in enumerate(every):
+    first = group[table.loss[group].argmin()]
+    at = np.array([1.0, *(np.log([table.params[first], table.tokens[first]]) - a0)])
+    vertex = E @ at
+    batches = np.log(table.batch_tokens[group]) - z0[1]
+    batch = float(np.clip(vertex[1], batches.min(), batches.max()))
+    best = np.array([vertex[0] - H[0, 1] / H[0, 0] * (batch - vertex[1]), batch])
+    loss = float(np.exp(levels[k] + best @ H @ best / 2 + best @ G @ at))
+    lr, batch_tokens = np.exp(best + z0)
+    found.append(
+      Cell(
+        float(table.params[first]),
+        float(table.tokens[first]),
+        group,
+        float(lr),
+        float(batch_tokens),
+        loss,
+        H,
+        noise=noise,
+        near=len(near[k]),
+      )
+    )
+  laws = law(0), law(1)
+  least = [float(laws[1].law(params=cell.params, tokens=cell.tokens)) for cell in found]
+  below = sum(value < table.batch_tokens[cell.rows].min() for cell, value in zip(found, least, strict=True))
+  warnings = [f"too few (N, T) have a quadratic of their own; all share one curvature, from {len(y)} runs"]
+  if below:
+    warnings.append(f"the best batch of {below} of {len(found)} (N, T) lies below all that were run")
+  return Laws(*laws, H, float(-H[0, 1] / H[0, 0]), tuple(found), (), tuple(warnings))
+
+
 def tuned(table: RunTable) -> RunTable:
   """One row for each (N, T): the loss at its best learning rate and batch.
 
-  That is the minimum of the quadratic where there is one, and the lowest loss of its runs where there is none. Rows
-  are weighted alike: how well a cell is tuned, not the noise of one run, is what its loss leaves open. A row belongs to
-  the run of its best loss, so that token counts read off one run are drawn together. Rows that are held out make cells
-  of their own.
+  That is the minimum of the quadratic where there is one, and the lowest loss of its runs where there is none; where
+  too few have one, the minima of quadratics with one curvature (`joint`). Rows are weighted alike: how well a cell is
+  tuned, not the noise of one run, is what its loss leaves open. A row belongs to the run of its best loss, so that
+  token counts read off one run are drawn together. Rows that are held out make cells of their own.
   """
   found = [(cell, part, held) for held in (False, True) for part in [table.take(table.holdout == held)] if len(part)
-           for cell in cells(part)]  # fmt: skip
+           for cell in (_best(part) if not held else cells(part))]  # fmt: skip
   parts = [part.take(cell.rows[:1]) for cell, part, _ in found]
   column = lambda values: np.array(list(values))
   params, tokens = (column(getattr(part, name)[0] for part in parts) for name in ("params", "tokens"))
@@ -210,6 +311,21 @@ def tuned(table: RunTable) -> RunTable:
     holdout=column(held for _, _, held in found),
     measured=False,
   )
+
+
+def _enough(every: list[Cell]) -> bool:
+  """Whether so many cells have a minimum of their own that laws of N and T can stand on them."""
+  return sum(not cell.reason for cell in every) >= max(4, len(every) / 2)
+
+
+def _best(table: RunTable) -> list[Cell]:
+  own = cells(table)
+  if _enough(own) or len(own) < 4:
+    return own
+  try:
+    return list(joint(table).cells)
+  except DataError:  # no common minimum either: the lowest losses stand
+    return own
 
 
 def fixed(table: RunTable, lr: float, batch_tokens: float) -> RunTable:

@@ -24,11 +24,12 @@ ROOMS = ("nn", "models", "diffusion", "data", "train")  # what a loss depends on
 def of(run: Run, workdir: pathlib.Path) -> dict[str, Any]:
   """The record of what lies in `workdir`: plan, size, compute, losses at every validation, time, device, versions.
 
-  `points` are the validations: step, tokens, flops, loss and its standard error over the table; `loss` is the last.
+  `points` are the validations that the config asks for (a run that was stopped and resumed made more): step, tokens,
+  flops, loss and its standard error over the table; `loss` is the last.
   """
   c, size = run.config, cost_lib.of(run.config)
   rows = metrics.read(workdir / "metrics.jsonl")
-  read = [row for row in rows if "val_loss" in row]
+  read = [row for row in rows if "val_loss" in row and row["step"] in _horizons(c.steps, c.validation.every)]
   points = [
     {"step": row["step"], "tokens": row["tokens"], "flops": row["flops"], "loss": row["val_loss"],
      "stderr": row["val_stderr"]}
@@ -62,6 +63,10 @@ def of(run: Run, workdir: pathlib.Path) -> dict[str, Any]:
     "wall_s": last.get("seconds", 0.0),
     **environment(),
   }
+
+
+def _horizons(steps: int, every: int) -> set[int]:
+  return {steps, *range(every, steps + 1, every)} if every else {steps}
 
 
 def plan(run: Run) -> dict[str, Any]:

@@ -22,9 +22,9 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from kling_jax.errors import ConfigError, KlingError
+from kling_jax.errors import ConfigError, KlingError, NoRoom, no_room
 from kling_jax.scaling import cost, points, record, sweep
-from kling_jax.scaling.ledger import NO_ROOM, LeaseLost, Ledger, Limits, NoRoom
+from kling_jax.scaling.ledger import LeaseLost, Ledger, Limits
 from kling_jax.train import loop
 
 log = logging.getLogger(__name__)
@@ -141,7 +141,7 @@ def train(ledger: Ledger, run: sweep.Run, stop: "_Termination") -> bool:
       ledger.end(run.id, "stopped", record.plan(run))
       return False
     except Exception as error:  # whatever a run dies of is its record; the next one may be fine
-      if _no_room(error):
+      if no_room(error):
         ledger.release(run.id)
         raise NoRoom(
           f"{folder}: the disk is full; make room and start again, the run goes on from its checkpoint"
@@ -182,17 +182,6 @@ def _beating(ledger: Ledger, run: str) -> Iterator[None]:
     yield
   finally:
     over.set()
-
-
-def _no_room(error: BaseException | None) -> bool:
-  """Whether a full disk is behind an error; libraries wrap it in kinds of their own."""
-  while error is not None:
-    if isinstance(error, OSError) and error.errno in NO_ROOM:
-      return True
-    if any(os.strerror(code) in str(error) for code in NO_ROOM):
-      return True
-    error = error.__cause__ or error.__context__
-  return False
 
 
 class _Termination:
