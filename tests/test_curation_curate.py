@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kling_jax.curation import curate, rules, select, video
+from kling_jax.curation import curate, journal, rules, select, video
 from kling_jax.curation.split import Shot, Split
 from kling_jax.data import conditions, films, records, verify
 from kling_jax.data.record import Transition
@@ -172,7 +172,7 @@ def test_refusals_are_one_clear_error_each(footage, curated, tmp_path):
 
 RUN = """
 import sys
-from kling_jax.curation import curate, rules, select, video
+from kling_jax.curation import curate, journal, rules, select, video
 recipe = video.Recipe(min_seconds=0.5, max_seconds=1.5, min_side=16)
 curate.curate(sys.argv[1], sys.argv[2], curate.Options(recipe=recipe, workers=2, report=False))
 """
@@ -201,7 +201,7 @@ def test_killed_and_started_again_gives_the_same_set(footage, curated, tmp_path)
   curate.curate(footage, output, OPTIONS)
   assert contents(output) == contents(curated[0])
   assert verify.verify(output).ok
-  assert curate.read_journal(output) and not (output / "work").exists()
+  assert journal.read(output) and not (output / "work").exists()
 
 
 @pytest.mark.drill
@@ -247,7 +247,7 @@ def test_broken_files_end_as_expected(shared, tmp_path):
   expected = json.loads((folder / "expected.json").read_text())
   recipe = video.Recipe(min_seconds=0.4, max_seconds=10.0, min_side=16)
   curate.curate(folder, tmp_path / "set", dataclasses.replace(OPTIONS, recipe=recipe))
-  found = {entry["name"]: entry for entry in curate.read_journal(tmp_path / "set")}
+  found = {entry["name"]: entry for entry in journal.read(tmp_path / "set")}
   for name, wanted in expected.items():
     entry = found[name]
     outcome = "quarantine" if entry["reason"] else "salvage" if entry["damage"] else "accept"

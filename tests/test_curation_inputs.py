@@ -1,6 +1,7 @@
 """What curation reads: tables of Koala-36M's form with spans, fetched videos, WebDataset tars; what is not there."""
 
 import csv
+import dataclasses
 import fractions
 import io
 import json
@@ -13,8 +14,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from kling_jax.curation import inputs
-from kling_jax.data import container, download, encode, koala, span_index
+from kling_jax import cli
+from kling_jax.curation import curate, inputs, video
+from kling_jax.data import container, download, encode, export, koala, quarantine, records, span_index, verify
 from kling_jax.errors import DataError
 
 LIMITS = container.DEFAULT_LIMITS
@@ -142,6 +144,76 @@ def test_a_member_of_a_tar_is_a_local_file_while_it_is_looked_at(footage, tmp_pa
   assert inputs.said(job, lambda top: pytest.fail("not asked")).of("", "").text == "A tar."
   state = (tmp_path / "a.tar").stat()
   assert inputs.file_state(path) == (state.st_size, state.st_mtime_ns) and inputs.file_state("/none/x") == (-1, -1)
+
+
+# ---- the whole chain -------------------------------------------------------------------------------------------------
+
+OPTIONS = curate.Options(recipe=video.Recipe(min_seconds=0.5, min_side=16), workers=2, report=False)
+
+
+def test_a_released_table_is_cut_at_its_very_spans(footage, tmp_path, capsys) -> None:
+  tick = 1 / float(RATE)
+  rows = [
+    row("a_b_0", 0.0, 20 * tick, caption="First", clarity_score=0.5, video_training_suitability_score=3.5),
+    row("a_b_1", 20 * tick, 26 * tick, caption="Short"),
+    row("a_b_2", 40 * tick, 60 * tick),
+    row("dQw4w9WgXcQ_0", 3.0, 4.0),
+    row("gone_0", 0.0, 1.0),
+  ]
+  table = koala_table(tmp_path / "Koala_36M_1.csv", rows)
+  flags = [
+    "curate",
+    "--input",
+    str(table),
+    "--videos",
+    str(footage),
+    "--method",
+    "table",
+    "--output",
+    str(tmp_path / "set"),
+  ]
+  assert cli.main([*flags, "--no_report", "--keep", "true", "--json"]) == 0
+  told = capsys.readouterr()
+  assert "of 5 rows 1 name no video here, 0 cannot be read" in told.err and json.loads(told.out)["clips"] == 3
+  clips = [clip for clip, _ in records.read_all(tmp_path / "set")]
+  assert [clip.num_frames for clip in clips] == [20, 6, 20] and verify.verify(tmp_path / "set").ok
+  assert [clip.cut_before for clip in clips] == [True, False, True] and clips[1].prev_clip_id == clips[0].clip_id
+  assert [clip.caption for clip in clips] == ["First", "Short", ""] and clips[0].captioner == "sidecar"
+  assert clips[0].vtss == 3.5 and clips[0].scores["koala_clarity"].value == 0.5 and "clarity" in clips[0].scores
+  source = records.RecordSource(tmp_path / "set")
+  red = [source.frames(k, np.array([0.0]), 8, 8)[0, ..., 0].mean() / 4 for k in range(3)]
+  np.testing.assert_allclose(red, [0, 20, 40], atol=0.6)
+  export.export(tmp_path / "set", tmp_path / "again.csv", "koala")  # what we write is what we read
+  found = inputs.find(tmp_path / "again.csv", tmp_path, method="table", videos=footage)
+  spans = inputs.spans_of(found.job(found.paths[0]) | {"path": found.paths[0]})
+  shots = inputs.split(found.paths[0], spans, LIMITS)[0].shots
+  assert [(shot.start_frame, shot.end_frame) for shot in shots] == [(0, 20), (20, 26), (40, 60)]
+
+
+def test_tars_give_the_clips_that_their_videos_give(footage, tmp_path, capsys) -> None:
+  tars = tmp_path / "tars"
+  tars.mkdir()
+  names = ("dQw4w9WgXcQ", "a_b")
+  for k, name in enumerate(names):
+    members = {f"{name}.mp4": (footage / f"{name}.mp4").read_bytes(), f"{name}.json": b'{"subject": "a square"}'}
+    pack(tars / f"{k}.tar", members | {"../up.mp4": b"x", "noise.mp4": b"x"})
+  funnel = curate.curate(tars, tmp_path / "set", OPTIONS)
+  assert funnel.videos == 4 and funnel.quarantined == {"unreadable": 2}
+  book = [(os.path.basename(e.source), e.reason) for e in quarantine.read(tmp_path / "set" / "quarantine.jsonl")]
+  assert sorted(book) == [("noise.mp4", "unreadable")] * 2 + [("up.mp4", "hostile_name")] * 2
+  curate.curate(footage, tmp_path / "plain", OPTIONS)
+  packed, plain = (dict(contents(tmp_path / name)) for name in ("set", "plain"))
+  assert packed == plain and len(packed) > 1
+  clips = [clip for clip, _ in records.read_all(tmp_path / "set")]
+  assert {clip.video_id for clip in clips} == {f"{k}.tar/{name}.mp4" for k, name in enumerate(names)}
+  assert {(clip.caption, clip.subject) for clip in clips} == {("a square.", "a square")}
+  again = curate.curate(tars, tmp_path / "set", OPTIONS)
+  assert dataclasses.replace(again, wall_s=0, timings={}) == dataclasses.replace(funnel, wall_s=0, timings={})
+  assert not (tmp_path / "set" / "work").exists()
+
+
+def contents(top: pathlib.Path) -> list[tuple[str, bytes]]:
+  return [(clip.clip_id, media) for clip, media in records.read_all(top)]
 
 
 def pack(path: pathlib.Path, members: dict[str, bytes]) -> None:

@@ -20,6 +20,8 @@ from typing import IO, Any, Literal
 
 # One thread a worker: files, not threads, fill the cores.
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+_LOOK_S = 0.5  # between two looks at the workers' memory
+_PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +29,8 @@ class Failure:
   """A job without an answer.
 
   Attributes:
-    kind: died (the process ended), memory (it was killed, as systems do when memory runs out), deadline (it took too
-      long and was ended), raised (a bug: an exception that the function does not handle).
+    kind: died (the process ended), memory (it was ended for its size, or killed, as systems do when memory runs out),
+      deadline (it took too long and was ended), raised (a bug: an exception that the function does not handle).
     detail: in words.
   """
 
@@ -36,16 +38,24 @@ class Failure:
   detail: str
 
 
+Answer = tuple[int, dict[str, Any] | Failure]
+
+
 def run(
-  function: str, jobs: Sequence[dict[str, Any]], workers: int | None = None, deadline_s: float | None = None
-) -> Iterator[tuple[int, dict[str, Any] | Failure]]:
+  function: str,
+  jobs: Sequence[dict[str, Any]],
+  workers: int | None = None,
+  deadline_s: float | None = None,
+  memory_bytes: float | None = None,
+) -> Iterator[Answer]:
   """Yields (index of the job, answer or failure) as they come, in any order.
 
   Args:
     function: "module:name" of a function from a JSON object to a JSON object.
-    jobs: its arguments.
+    jobs: its arguments, in the order in which they are begun.
     workers: processes; None: one a core.
     deadline_s: longest time of one job; a worker that takes longer is ended.
+    memory_bytes: a worker whose resident memory is larger is ended (on Linux; looked at twice a second).
   """
   waiting = collections.deque(enumerate(jobs))
   count = max(1, min(workers or os.cpu_count() or 1, len(jobs)))
@@ -57,7 +67,7 @@ def run(
       while True:
         for worker in crew:
           if worker.job is None and waiting:
-            worker.start(*waiting.popleft(), deadline_s)
+            worker.start(*waiting.popleft(), deadline_s, memory_bytes)
         busy = [worker for worker in crew if worker.job is not None]
         if not busy:
           return
@@ -77,11 +87,38 @@ def run(
 def _ready(selector: selectors.BaseSelector, busy: list["_Worker"]) -> list["_Worker"]:
   """Waits until a worker has something to say or is past its deadline."""
   ends = [worker.deadline for worker in busy if worker.deadline is not None]
+  ends += [time.monotonic() + _LOOK_S for worker in busy if worker.memory_bytes is not None]
   timeout = max(0.0, min(ends) - time.monotonic()) if ends else None
   spoke = [key.data for key, _ in selector.select(timeout)]
-  now = time.monotonic()
-  late = [worker for worker in busy if worker.deadline is not None and now > worker.deadline and worker not in spoke]
-  return spoke + late
+  return spoke + [worker for worker in busy if worker not in spoke and (worker.late() or worker.large())]
+
+
+class Lane:
+  """One worker process for one job after the other; a new one where it failed."""
+
+  def __init__(self, function: str, deadline_s: float | None = None, memory_bytes: float | None = None):
+    self._function, self._limits = function, (deadline_s, memory_bytes)
+    self._selector = selectors.DefaultSelector()
+    self._worker: _Worker | None = None
+
+  def do(self, job: dict[str, Any]) -> dict[str, Any] | Failure:
+    """The answer to a job, or its failure."""
+    if self._worker is None:
+      self._worker = _Worker(self._function, self._selector)
+    worker = self._worker
+    worker.start(0, job, *self._limits)
+    while True:
+      for ready in _ready(self._selector, [worker]):
+        answer = ready.answer()
+        if answer is not None:
+          if worker.ended:
+            self.close()
+          return answer
+
+  def close(self) -> None:
+    if self._worker is not None:
+      self._worker.close()
+      self._worker = None
 
 
 class _Worker:
@@ -97,11 +134,12 @@ class _Worker:
     self._limit_s: float | None = None
     self.job: int | None = None
     self.deadline: float | None = None
+    self.memory_bytes: float | None = None
     self.ended = False
     selector.register(self._pipe(self._process.stdout), selectors.EVENT_READ, self)
 
-  def start(self, index: int, job: dict[str, Any], limit_s: float | None) -> None:
-    self.job, self._limit_s = index, limit_s
+  def start(self, index: int, job: dict[str, Any], limit_s: float | None, memory_bytes: float | None) -> None:
+    self.job, self._limit_s, self.memory_bytes = index, limit_s, memory_bytes
     self.deadline = None if limit_s is None else time.monotonic() + limit_s
     pipe = self._pipe(self._process.stdin)
     try:
@@ -112,9 +150,12 @@ class _Worker:
 
   def answer(self) -> dict[str, Any] | Failure | None:
     """The answer to the job, once it is whole; `ended` tells that the process is of no more use."""
-    if self.deadline is not None and time.monotonic() > self.deadline:
+    if self.late():
       self.ended, self.job = True, None
       return Failure("deadline", f"took longer than {self._limit_s:g} s and was ended")
+    if self.large():
+      self.ended, self.job = True, None
+      return Failure("memory", f"needed more than {(self.memory_bytes or 0) / 2**30:.3g} GiB of memory and was ended")
     said = os.read(self._pipe(self._process.stdout).fileno(), 1 << 16)
     self._heard += said
     if not said:
@@ -128,6 +169,20 @@ class _Worker:
       return None
     reply, self._heard, self.job, self.deadline = json.loads(self._heard), b"", None, None
     return Failure("raised", reply["raised"]) if "raised" in reply else reply["answer"]
+
+  def late(self) -> bool:
+    """Whether the job takes too long."""
+    return self.deadline is not None and time.monotonic() > self.deadline
+
+  def large(self) -> bool:
+    """Whether the process holds more memory than it may."""
+    if self.memory_bytes is None or self.job is None:
+      return False
+    try:
+      with open(f"/proc/{self._process.pid}/statm") as file:
+        return int(file.read().split()[1]) * _PAGE > self.memory_bytes
+    except (FileNotFoundError, ProcessLookupError, IndexError):  # no such system, or a process that has just ended
+      return False
 
   def close(self) -> None:
     """Ends the process."""

@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import json
 import os
 import pathlib
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from kling_jax.curation import rules
+from kling_jax.curation import journal, rules
 from kling_jax.data import clip_table
 
 
@@ -47,9 +46,7 @@ class Funnel:
   def of_set(cls, folder: str | os.PathLike[str], wall_s: float = 0.0) -> "Funnel":
     """Counts what stands in a set's videos.jsonl and clips.parquet."""
     folder = pathlib.Path(folder)
-    journal = folder / "videos.jsonl"
-    lines = journal.read_text(encoding="utf-8").splitlines() if journal.exists() else []
-    videos: list[dict[str, Any]] = [json.loads(line) for line in lines]
+    videos = journal.read(folder)
     read = [video for video in videos if not video["reason"] and not video["duplicate_of"]]
     timings: collections.Counter[str] = collections.Counter()
     for video in videos:

@@ -186,7 +186,7 @@ def spans_of(job: dict[str, Any]) -> list[Span]:
 
 
 def split(path: str, spans: list[Span], limits: container.Limits) -> tuple[Split, list[Span]]:
-  """A video whose shots are the spans of a table that lie in it, and those spans; nothing is decoded but one frame.
+  """A video whose shots are the spans of a table that lie in it, and those spans, each once; one frame is decoded.
 
   A shot has the frames that start in the span; time stamps of half a millisecond's difference are the same.
 
@@ -198,10 +198,12 @@ def split(path: str, spans: list[Span], limits: container.Limits) -> tuple[Split
   bare = Split(path, info.width, info.height, info.fps, info.time_base, pts, end_pts, (), (), info.damage, TABLE)
   starts_s = (pts - pts[0]) * float(info.time_base)
   shots, kept = [], []
+  seen: set[tuple[int, int]] = set()
   for span in spans:
-    first, stop = np.searchsorted(starts_s, [span.start_s - _ROUNDING_S, span.end_s - _ROUNDING_S])
-    if first < stop:
-      shots.append(Shot(int(first), int(stop), bare.seconds(int(first)), bare.seconds(int(stop))))
+    first, stop = map(int, np.searchsorted(starts_s, [span.start_s - _ROUNDING_S, span.end_s - _ROUNDING_S]))
+    if first < stop and (first, stop) not in seen:
+      seen.add((first, stop))
+      shots.append(Shot(first, stop, bare.seconds(first), bare.seconds(stop)))
       kept.append(span)
   return dataclasses.replace(bare, shots=tuple(shots)), kept
 

@@ -1,13 +1,11 @@
-"""One video through curation: admit, split, cut into clips, measure; the result lies whole in a staging folder."""
+"""One video through curation: admit, split, cut into clips, measure; what is done lies in a staging folder."""
 
+import bisect
 import contextlib
 import dataclasses
 import functools
-import json
 import math
-import os
 import pathlib
-import struct
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -15,14 +13,14 @@ from typing import Any
 import cv2
 import numpy as np
 
-from kling_jax import errors, files, measure
+from kling_jax import errors, measure
+from kling_jax.curation import inputs, split_cache, staging
 from kling_jax.curation import split as split_lib
 from kling_jax.data import caption, container, cut, decode, folder, quarantine, reasons, record
 from kling_jax.data.record import ClipRecord, Transition
+from kling_jax.data.span_index import Span
 
 GRADUAL_MARGIN = 2  # frames beside a gradual transition that are trimmed too: its ends are known to about two frames
-MEASURE_SIDE = 256  # pixels of the shorter side that scores are measured on
-_LENGTH = struct.Struct("<Q")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,31 +62,39 @@ class Piece:
 
 
 def work(job: dict[str, Any]) -> dict[str, Any]:
-  """Runs one video and leaves `<stem>.clips` and then `<stem>.json` in the staging folder; returns the latter.
+  """Runs one video and leaves its clips and then its summary in the staging folder; returns the summary.
+
+  Clips that stand there from an earlier try are kept, and a split that is in the cache is not done again.
 
   Args:
-    job: path, name (below the input folder), captions (that folder, or a table), stem (of the staging files), recipe
-      (fields), seconds (time limit or None).
+    job: path, name (below the input folder), captions, sample, spans and table (see `inputs`), staging and stem (see
+      `staging`), splits (folder of `split_cache`), recipe (fields), seconds (time limit or None).
 
   Returns:
     {name, path, bytes, modified, reason, detail, damage, content, seconds, frames, copied (frames of the clips that are
-    the source's own packets), shots, short_shots, transitions, clips: [clip_id], timings: {stage: s}}; reason is ""
-    unless the video is quarantined.
+    the source's own packets), media_bytes, shots, short_shots, transitions, clips: [clip_id], timings: {stage: s}};
+    reason is "" unless the video is quarantined. {no_room: text} where the disk is full: the video is not done.
   """
   cv2.setNumThreads(1)
   path, recipe = job["path"], Recipe(**job["recipe"])
-  stem = pathlib.Path(job["stem"])
+  place = staging.Place(pathlib.Path(job["staging"]), job["stem"])
   answer: dict[str, Any] = summary(path, job["name"])
   try:
-    limits = container.Limits(seconds=job["seconds"])
-    answer |= _curate(path, job["name"], _captions(job["captions"]), recipe, limits, stem)
-  except reasons.MediaError as error:
-    answer |= {"reason": error.reason, "detail": error.detail}
-  except errors.DataError as error:
-    answer |= {"reason": "unreadable", "detail": str(error)}
-  except MemoryError:
-    answer |= {"reason": "out_of_memory", "detail": "the video did not fit into memory"}
-  files.write_json(stem.with_suffix(".json"), answer)
+    try:
+      limits = container.Limits(seconds=job["seconds"])
+      with inputs.local(job) as file:
+        answer |= _curate(job, file, recipe, limits, place)
+    except reasons.MediaError as error:
+      answer |= {"reason": error.reason, "detail": error.detail}
+    except errors.DataError as error:
+      answer |= {"reason": "unreadable", "detail": str(error)}
+    except MemoryError:
+      answer |= {"reason": "out_of_memory", "detail": "the video did not fit into memory"}
+    place.finish(answer)
+  except Exception as error:
+    if not errors.no_room(error):
+      raise
+    return {"no_room": str(error)}
   return answer
 
 
@@ -97,27 +103,21 @@ def _captions(top: str) -> folder.Captions:
   return folder.Captions(top)
 
 
-def file_state(path: str) -> tuple[int, int]:
-  """(bytes, time of the last change in ns) of a file; (-1, -1) where there is none."""
-  try:
-    state = os.stat(path)
-  except (OSError, ValueError):
-    return -1, -1
-  return state.st_size, state.st_mtime_ns
-
-
 def summary(path: str, name: str) -> dict[str, Any]:
   """What is known of a video before it is looked at; the form of `work`'s answer."""
-  size, modified = file_state(path)
-  counts = {"seconds": 0.0, "frames": 0, "copied": 0, "shots": 0, "short_shots": 0}
+  size, modified = inputs.file_state(path)
+  counts = {"seconds": 0.0, "frames": 0, "copied": 0, "media_bytes": 0, "shots": 0, "short_shots": 0}
   lists: dict[str, Any] = {"transitions": [], "clips": [], "timings": {}}
   verdict = {"reason": "", "detail": "", "damage": [], "content": ""}
   return {"name": name, "path": path, "bytes": size, "modified": modified} | verdict | counts | lists
 
 
 def _curate(
-  path: str, name: str, captions: folder.Captions, recipe: Recipe, limits: container.Limits, stem: pathlib.Path
+  job: dict[str, Any], path: str, recipe: Recipe, limits: container.Limits, place: staging.Place
 ) -> dict[str, Any]:
+  """Curates the video of a job, which lies in the file `path`."""
+  name, captions = job["name"], inputs.said(job, _captions)
+  spans: list[Span] = []
   timings = dict.fromkeys(("admit", "split", "cut", "measure"), 0.0)
   with _timed(timings, "admit"):
     verdict = quarantine.classify(path, min_side=recipe.min_side, decode=False, limits=limits)
@@ -125,30 +125,35 @@ def _curate(
       raise reasons.MediaError(path, verdict.reason, verdict.detail)
     content = record.content_hash(path)
   with _timed(timings, "split"):
-    video = split_lib.split(path, recipe.method, limits)
+    if recipe.method == inputs.TABLE:
+      video, spans = inputs.split(path, inputs.spans_of(job), limits)
+    else:
+      video = split_cache.split(path, content, recipe.method, limits, pathlib.Path(job["splits"]))
   seconds = video.seconds(video.num_frames)
-  if seconds < recipe.min_seconds:
+  if seconds < recipe.min_seconds and recipe.method != inputs.TABLE:
     detail = f"{seconds:.3f} s; clips have at least {recipe.min_seconds:g} s"
     raise reasons.MediaError(path, "too_short", detail)
-  parts = pieces(video, recipe.min_seconds, recipe.max_seconds)
+  exact = recipe.method == inputs.TABLE
+  parts = exact_pieces(video) if exact else pieces(video, recipe.min_seconds, recipe.max_seconds)
   ids: list[str] = []
-  copied = 0
-  with files.whole(stem.with_suffix(".clips")) as temporary, temporary.open("wb") as out:
-    for index, piece in enumerate(parts):
-      start_pts, end_pts = video.ticks(piece.start), video.ticks(piece.end)
+  copied = media_bytes = 0
+  for index, piece in enumerate(parts):
+    start_pts, end_pts = video.ticks(piece.start), video.ticks(piece.end)
+    clip_id = record.clip_id(content, start_pts, end_pts, video.time_base, recipe.media)
+    held = place.clip(content, index)
+    if held is None or held.clip.clip_id != clip_id:
       with _timed(timings, "cut"):
-        clip_cut = cut.cut(
+        part = cut.cut(
           path, start_pts, end_pts, short_side=recipe.short_side, crf=recipe.crf, copy=recipe.copy, limits=limits
         )
-        media, copied = clip_cut.media, copied + clip_cut.copied
-        info = decode.probe(media, decode=False)
+        info = decode.probe(part.media, decode=False)
       with _timed(timings, "measure"):
-        scores = _scores(media, info)
+        scores = measure.score_media(part.media)
       span = video.seconds(piece.start), video.seconds(piece.end)
       clip = ClipRecord(
-        clip_id=record.clip_id(content, start_pts, end_pts, video.time_base, recipe.media),
+        clip_id=clip_id,
         video_id=name,
-        source=path,
+        source=job["path"],
         start_pts=start_pts,
         end_pts=end_pts,
         time_base=str(video.time_base),
@@ -160,14 +165,15 @@ def _curate(
         index=index,
         cut_before=piece.cut_before,
         prev_clip_id=ids[-1] if ids else "",
-        scores=scores,
+        scores=scores | (spans[index].scores if spans else {}),
+        vtss=spans[index].vtss if spans else None,
         transitions=piece.transitions,
         salvaged=bool(video.damage or verdict.detail),
       )
-      clip = caption.put(clip, captions.of(path, name, span))
-      data = record.pack(clip, media)
-      out.write(_LENGTH.pack(len(data)) + data)
-      ids.append(clip.clip_id)
+      held = staging.Clip(caption.put(clip, captions.of(job["path"], name, span)), part.media, part.copied)
+      place.add(content, held)
+    ids.append(clip_id)
+    copied, media_bytes = copied + held.copied, media_bytes + len(held.media)
   return {
     "content": content,
     "damage": list(video.damage) or ([verdict.detail] if verdict.detail else []),
@@ -178,15 +184,18 @@ def _curate(
     "transitions": [dataclasses.asdict(t) for t in video.transitions],
     "clips": ids,
     "copied": copied,
+    "media_bytes": media_bytes,
     "timings": timings,
   }
 
 
-def _scores(media: bytes, info: decode.VideoInfo) -> dict[str, Any]:
-  times_s = measure.sample_times(info.duration_s, info.fps)
-  scale = min(1.0, MEASURE_SIDE / min(info.height, info.width))
-  size = max(1, round(info.height * scale)), max(1, round(info.width * scale))
-  return measure.score(decode.frames_at(media, times_s, *size), times_s)
+def exact_pieces(video: split_lib.Split) -> list[Piece]:
+  """The shots as they are, of any length; one that begins where the one before it ended goes on from it."""
+  before = [None, *(shot.end_frame for shot in video.shots)]
+  return [
+    Piece(shot.start_frame, shot.end_frame, shot.start_frame != end, ())
+    for shot, end in zip(video.shots, before, strict=False)
+  ]
 
 
 def pieces(video: split_lib.Split, min_seconds: float, max_seconds: float) -> list[Piece]:
@@ -196,11 +205,18 @@ def pieces(video: split_lib.Split, min_seconds: float, max_seconds: float) -> li
   nearly equal length (to a frame) above `max_seconds`.
   """
   found: list[Piece] = []
+  by_end = {t.end_frame: t for t in video.transitions}
+  by_start = {t.start_frame + 1: t for t in video.transitions}
+  gradual = [t for t in video.transitions if t.kind != "cut"]
+  ends, starts = [t.end_frame for t in gradual], [t.start_frame + 1 for t in gradual]
   for shot in video.shots:
-    before = next((t for t in video.transitions if t.end_frame == shot.start_frame), None)
-    after = next((t for t in video.transitions if t.start_frame + 1 == shot.end_frame), None)
-    start = shot.start_frame + (GRADUAL_MARGIN if before is not None and before.kind != "cut" else 0)
-    end = shot.end_frame - (GRADUAL_MARGIN if after is not None and after.kind != "cut" else 0)
+    before, after = by_end.get(shot.start_frame), by_start.get(shot.end_frame)
+    start, end = shot.start_frame, shot.end_frame
+    # The nearest gradual transition may lie behind a shot of one frame.
+    if (k := bisect.bisect_right(ends, start)) > 0:
+      start = max(start, ends[k - 1] + GRADUAL_MARGIN)
+    if (k := bisect.bisect_left(starts, end)) < len(starts):
+      end = min(end, starts[k] - GRADUAL_MARGIN)
     # A rounding of the container's ticks shall not refuse a shot of exactly the least length.
     length = video.seconds(end) - video.seconds(start) if end > start else 0.0
     if length < min_seconds - 1e-3:
@@ -213,19 +229,6 @@ def pieces(video: split_lib.Split, min_seconds: float, max_seconds: float) -> li
       edges = ([before] if k == 0 and before else []) + ([after] if k == count - 1 and after else [])
       found.append(Piece(borders[k], borders[k + 1], k == 0, tuple(edges)))
   return found
-
-
-def staged(stem: pathlib.Path) -> Iterator[tuple[ClipRecord, bytes]]:
-  """The clips that `work` left."""
-  with stem.with_suffix(".clips").open("rb") as file:
-    while prefix := file.read(_LENGTH.size):
-      yield record.unpack(file.read(_LENGTH.unpack(prefix)[0]))
-
-
-def read_summary(stem: pathlib.Path) -> dict[str, Any] | None:
-  """The answer that `work` left for a stem, if it came to its end."""
-  path = stem.with_suffix(".json")
-  return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 @contextlib.contextmanager

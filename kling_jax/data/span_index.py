@@ -47,6 +47,11 @@ class Counts:
   damaged: int
   first: str = ""
 
+  def text(self, table: str) -> str:
+    """One line for the terminal."""
+    first = f", the first: {self.first}" if self.damaged else ""
+    return f"{table}: of {self.rows} rows {self.absent} name no video here, {self.damaged} cannot be read{first}"
+
 
 def build(
   table: str | os.PathLike[str], target: pathlib.Path, locate: Callable[[dict[str, Any]], str | None]

@@ -8,8 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import IO, Protocol
 
-from kling_jax.errors import DataError, UsageError
-from kling_jax.errors import NoRoom
+from kling_jax.errors import DataError, NoRoom, UsageError
 
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 # Measured on the small models of CPU sweeps: half the time to compile, the same time a step (docs/results.md).
