@@ -55,10 +55,10 @@ def _scorers(wanted: Wanted) -> tuple[measure.Scorer, ...]:
   chosen = measure.chosen(wanted.words)
   if wanted.aesthetic is None:
     return chosen
-  from kling_jax.measure import laion  # it starts JAX
+  from kling_jax.measure.laion import scorer  # it starts JAX
 
-  learned = laion.scorer(wanted.aesthetic)
-  return (*(scorer for scorer in chosen if scorer.conditions != learned.conditions), learned)
+  learned = scorer(wanted.aesthetic)
+  return (*(one for one in chosen if one.conditions != learned.conditions), learned)
 
 
 def command(

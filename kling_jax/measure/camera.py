@@ -93,14 +93,19 @@ def camera(sample: Sample) -> dict[str, float]:
     camera_motion: mean speed of the fitted motion over frame and places, diagonals per second.
     object_motion: mean speed of what the fitted motion leaves, over the textured part of the frame.
   """
+  return of_flows(sample, sample.flows)
+
+
+def of_flows(sample: Sample, flows: Mapping[tuple[int, int], Flow]) -> dict[str, float]:
+  """`camera`, for the flows of a sample's steps, whoever found them."""
   if not sample.pairs:
     return {}
-  fits = dict(zip(sample.flows, fit(list(sample.flows.values())), strict=True))
-  speeds_P4 = np.array([_speed(fits[pair], sample.flows[pair]) for pair in sample.pairs])
+  fits = dict(zip(flows, fit(list(flows.values())), strict=True))
+  speeds_P4 = np.array([_speed(fits[pair], flows[pair]) for pair in sample.pairs])
   pan, tilt, zoom, roll = (_trimmed(speeds_P4[:, k]) for k in range(4))
   camera_motion, object_motion = [], []
   for pair in sample.pairs:
-    flow = sample.flows[pair]
+    flow = flows[pair]
     field = fits[pair].field(flow.trust_HW.shape, STEP)
     unit = 1 / (flow.diagonal * flow.gap_s)
     camera_motion.append(np.hypot(*np.moveaxis(field, -1, 0)).mean() * unit)
@@ -115,10 +120,7 @@ def camera(sample: Sample) -> dict[str, float]:
     "camera_roll": roll,
   }
   if sample.triples:
-    changes = [
-      _speed(fits[j, k], sample.flows[j, k])[:2] - _speed(fits[i, j], sample.flows[i, j])[:2]
-      for i, j, k in sample.triples
-    ]
+    changes = [_speed(fits[j, k], flows[j, k])[:2] - _speed(fits[i, j], flows[i, j])[:2] for i, j, k in sample.triples]
     scores["camera_shake"] = float(np.sqrt(np.mean(np.square(changes).sum(-1)) / 2))
   return scores
 

@@ -78,8 +78,9 @@ def chosen(words: Sequence[str]) -> tuple[Scorer, ...]:
   """The scorers that words ask for, each once; a later one for the same condition replaces the earlier.
 
   Args:
-    words: "default" (what `kling curate` measures), "presets" (the definitions of published filters), a condition
-      such as "motion", or "package.module:NAME", a `Scorer` of yours.
+    words: "default" (what `kling curate` measures), "presets" (the definitions of published filters), "jax" (the
+      camera's scores and flow_motion by the flow in JAX), a condition such as "motion", or "package.module:NAME", a
+      `Scorer` of yours.
 
   Raises:
     UsageError: an unknown condition, or a module without that scorer.
@@ -91,15 +92,26 @@ def chosen(words: Sequence[str]) -> tuple[Scorer, ...]:
       picked += SCORERS
     elif word == "presets":
       picked += PRESETS
+    elif word == "jax":
+      picked += _in_jax()
     elif ":" in word:
       picked.append(_foreign(word))
     elif word in known:
       picked.append(known[word])
     else:
-      raise UsageError(f"unknown score {word!r}{nearest(word, [*known, 'default', 'presets'])}")
+      raise UsageError(f"unknown score {word!r}{nearest(word, [*known, 'default', 'presets', 'jax'])}")
   last = {condition: scorer for scorer in picked for condition in scorer.conditions}
   kept = dict.fromkeys(scorer for scorer in picked if any(last[c] is scorer for c in scorer.conditions))
   return tuple(kept)
+
+
+def _in_jax() -> list[Scorer]:
+  from kling_jax.measure import flow  # it starts JAX
+
+  return [
+    Scorer(flow.NAME, flow.VERSION, flow.CONDITIONS, flow.flow_motion),
+    Scorer(flow.CAMERA_NAME, flow.VERSION, camera.CONDITIONS, flow.camera_motion),
+  ]
 
 
 def _foreign(word: str) -> Scorer:

@@ -91,13 +91,16 @@ class Sample:
     """The frames' luma (BT.601), uint8."""
     return np.stack([cv2.cvtColor(np.ascontiguousarray(frame), cv2.COLOR_RGB2GRAY) for frame in self.frames_THWC])
 
+  @property
+  def steps(self) -> list[tuple[int, int]]:
+    """The pairs and both steps of the triples."""
+    return sorted({*self.pairs, *(step for i, j, k in self.triples for step in ((i, j), (j, k)))})
+
   @functools.cached_property
   def flows(self) -> dict[tuple[int, int], motion.Flow]:
-    """Optical flow of the pairs and of both steps of the triples."""
-    steps = {*self.pairs, *(step for i, j, k in self.triples for step in ((i, j), (j, k)))}
-    wanted = sorted({i for step in steps for i in step})
-    small = {i: motion.prepare(self.frames_THWC[i]) for i in wanted}
-    return {(i, j): motion.flow(small[i], small[j], self.times_s[j] - self.times_s[i]) for i, j in sorted(steps)}
+    """Farneback's optical flow of the steps."""
+    small = {i: motion.prepare(self.frames_THWC[i]) for i in sorted({i for step in self.steps for i in step})}
+    return {(i, j): motion.flow(small[i], small[j], self.times_s[j] - self.times_s[i]) for i, j in self.steps}
 
 
 def of_frames(frames_THWC: np.ndarray, times_s: np.ndarray) -> Sample:
