@@ -153,7 +153,10 @@ def _split(args: argparse.Namespace) -> int:
 
 
 def _add_curate(parser: Parser) -> None:
-  parser.add_argument("--input", required=True, help="folder of videos, one video, or a table with a `file` column")
+  parser.add_argument("--input", required=True, help="folder of videos, one video, WebDataset tars, or a table that "
+                      "names videos by file, url or videoID")  # fmt: skip
+  parser.add_argument("--method", help="who splits: default, css, or table: cut exactly the table's spans")
+  parser.add_argument("--videos", help="folder with the videos of a table (default: the table's)")
   parser.add_argument("--output", required=True, help="clip set to write; started again, it goes on")
   parser.add_argument("--workers", type=int, help="processes (default: one a core)")
   parser.add_argument("--min_seconds", type=float, help="shortest clip (default: 1)")
@@ -172,11 +175,12 @@ def _curate(args: argparse.Namespace) -> int:
   from kling_jax.curation import curate, rules
   from kling_jax.curation.video import Recipe
 
-  names = ("min_seconds", "max_seconds", "min_side", "short_side", "crf")
+  names = ("method", "min_seconds", "max_seconds", "min_side", "short_side", "crf")
   given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
   if given.get("short_side") == 0:
     given["short_side"] = None
   changes: dict[str, Any] = {"recipe": Recipe(**given), "workers": args.workers, "report": not args.no_report}
+  changes["videos"] = args.videos
   if args.keep:
     changes["rules"] = rules.parse_all(args.keep)
   if args.seconds_per_video is not None:

@@ -10,6 +10,7 @@ import pathlib
 import tarfile
 import tracemalloc
 
+import cv2
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -26,10 +27,11 @@ RATE = fractions.Fraction(30000, 1001)  # no whole number of milliseconds a fram
 
 @pytest.fixture(scope="module")
 def footage(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-  """Two videos of 2 s whose red tells the frame."""
+  """Two videos of 2 s with a texture of their own, whose red tells the frame."""
   top = tmp_path_factory.mktemp("videos")
-  for name, green in (("dQw4w9WgXcQ", 10), ("a_b", 200)):
-    frame = lambda k, green=green: np.broadcast_to(np.array([4 * k, green, 60], np.uint8), (48, 64, 3))
+  for seed, name in enumerate(("dQw4w9WgXcQ", "a_b")):
+    texture = cv2.resize(np.random.default_rng(seed).integers(0, 255, (6, 8), np.uint8), (64, 48))
+    frame = lambda k, texture=texture: np.stack([np.full_like(texture, 2 * k), texture, texture], -1)
     encode.write(top / f"{name}.mp4", (frame(k) for k in range(FRAMES)), fps=RATE)
   return top
 
@@ -89,7 +91,7 @@ def test_spans_become_the_very_frames(footage) -> None:
 
 def test_memory_does_not_grow_with_the_table(footage, tmp_path) -> None:
   peaks = []
-  for count in (6_000, 18_000):  # 12 and 36 MB
+  for count in (5_000, 15_000):  # 10 and 30 MB
     name = lambda k: "a_b" if k % 50 == 0 else "gone"
     rows = [row(f"{name(k)}_{k}", k % 2, k % 2 + 0.5, caption="word " * 400) for k in range(count)]
     table = koala_table(tmp_path / f"{count}.csv", rows)
@@ -101,7 +103,7 @@ def test_memory_does_not_grow_with_the_table(footage, tmp_path) -> None:
     assert pa.total_allocated_bytes() - before < 1e6
     assert found.counts.rows == count and len(found.paths) == 1
     assert len(inputs.spans_of(found.job(found.paths[0]) | {"path": found.paths[0]})) == count // 50
-  assert table.stat().st_size > 36e6 and peaks[1] < 1.2 * peaks[0] < 36e6
+  assert table.stat().st_size > 30e6 and peaks[1] < 1.2 * peaks[0] < 36e6
 
 
 def test_fetched_videos_are_known_by_their_address(footage, tmp_path) -> None:
@@ -148,7 +150,7 @@ def test_a_member_of_a_tar_is_a_local_file_while_it_is_looked_at(footage, tmp_pa
 
 # ---- the whole chain -------------------------------------------------------------------------------------------------
 
-OPTIONS = curate.Options(recipe=video.Recipe(min_seconds=0.5, min_side=16), workers=2, report=False)
+OPTIONS = curate.Options(recipe=video.Recipe(min_seconds=0.5, min_side=16), workers=1, report=False)
 
 
 def test_a_released_table_is_cut_at_its_very_spans(footage, tmp_path, capsys) -> None:
@@ -172,7 +174,7 @@ def test_a_released_table_is_cut_at_its_very_spans(footage, tmp_path, capsys) ->
     "--output",
     str(tmp_path / "set"),
   ]
-  assert cli.main([*flags, "--no_report", "--keep", "true", "--json"]) == 0
+  assert cli.main([*flags, "--no_report", "--keep", "num_frames >= 1", "--json"]) == 0
   told = capsys.readouterr()
   assert "of 5 rows 1 name no video here, 0 cannot be read" in told.err and json.loads(told.out)["clips"] == 3
   clips = [clip for clip, _ in records.read_all(tmp_path / "set")]
@@ -181,7 +183,7 @@ def test_a_released_table_is_cut_at_its_very_spans(footage, tmp_path, capsys) ->
   assert [clip.caption for clip in clips] == ["First", "Short", ""] and clips[0].captioner == "sidecar"
   assert clips[0].vtss == 3.5 and clips[0].scores["koala_clarity"].value == 0.5 and "clarity" in clips[0].scores
   source = records.RecordSource(tmp_path / "set")
-  red = [source.frames(k, np.array([0.0]), 8, 8)[0, ..., 0].mean() / 4 for k in range(3)]
+  red = [source.frames(k, np.array([0.0]), 8, 8)[0, ..., 0].mean() / 2 for k in range(3)]
   np.testing.assert_allclose(red, [0, 20, 40], atol=0.6)
   export.export(tmp_path / "set", tmp_path / "again.csv", "koala")  # what we write is what we read
   found = inputs.find(tmp_path / "again.csv", tmp_path, method="table", videos=footage)
