@@ -58,6 +58,7 @@ EXTRAS["test"] = (
     "pytest-xdist>=3.6",
     "ruff>=0.6",
     "types-requests",
+    "websockets>=13",  # drives a headless browser over the report
     "webdataset>=1.0",  # reads our tars back
   ]
 )

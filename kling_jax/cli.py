@@ -158,15 +158,20 @@ def _add_curate(parser: Parser) -> None:
   parser.add_argument("--method", help="who splits: default, css, or table: cut exactly the table's spans")
   parser.add_argument("--videos", help="folder with the videos of a table (default: the table's)")
   parser.add_argument("--output", required=True, help="clip set to write; started again, it goes on")
+  parser.add_argument("--engine", help="local (default), or ray: the CPUs of a Ray cluster")
   parser.add_argument("--workers", type=int, help="processes (default: one a core)")
   parser.add_argument("--min_seconds", type=float, help="shortest clip (default: 1)")
   parser.add_argument("--max_seconds", type=float, help="longest clip (default: 10)")
   parser.add_argument("--min_side", type=int, help="smallest shorter side of a video in pixels (default: 32)")
   parser.add_argument("--short_side", type=int, help="clips are shrunk to it; 0 keeps the source's size (default: 720)")
-  parser.add_argument("--crf", type=float, help="H.264 quality of the clips (default: 18)")
+  parser.add_argument("--crf", type=float, help="H.264 quality of what is encoded (default: 18)")
+  parser.add_argument("--no_copy", action="store_true", help="encode all clips anew instead of copying H.264 packets")
   parser.add_argument("--keep", action="append", metavar="RULE",
                       help="what is kept, e.g. 'motion >= 0.01'; repeat for others (see `kling select`)")  # fmt: skip
   parser.add_argument("--seconds_per_video", type=float, help="longer ones are quarantined as timeout (default: 3600)")
+  parser.add_argument("--memory_per_video", type=float, metavar="GIB",
+                      help="videos that need more are quarantined as out_of_memory (default: 8)")  # fmt: skip
+  parser.add_argument("--cache", metavar="DIR", help="keeps splits for other sets of the same videos")
   parser.add_argument("--no_report", action="store_true", help="write no report page")
   _add_json(parser)
 
@@ -179,12 +184,16 @@ def _curate(args: argparse.Namespace) -> int:
   given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
   if given.get("short_side") == 0:
     given["short_side"] = None
+  given["copy"] = not args.no_copy
   changes: dict[str, Any] = {"recipe": Recipe(**given), "workers": args.workers, "report": not args.no_report}
+  changes |= {"cache": args.cache} | ({"engine": args.engine} if args.engine else {})
   changes["videos"] = args.videos
   if args.keep:
     changes["rules"] = rules.parse_all(args.keep)
   if args.seconds_per_video is not None:
     changes["seconds_per_video"] = args.seconds_per_video
+  if args.memory_per_video is not None:
+    changes["memory_gib"] = args.memory_per_video
   funnel = curate.curate(args.input, args.output, curate.Options(**changes))
   if args.json:
     _print_json(funnel.to_json())
@@ -215,6 +224,47 @@ def _select(args: argparse.Namespace) -> int:
     args.input, keep=args.keep, file=args.rules, presets=args.preset, without=args.without, seed=args.seed,
     what_if=args.what_if, explain=args.explain, weights=args.weights, as_json=args.json,
   )  # fmt: skip
+
+
+def _add_dedup(parser: Parser) -> None:
+  parser.add_argument("--input", required=True, help="clip set")
+  parser.add_argument("--against", action="append", default=[], metavar="SET", help="another set whose clips stay")
+  parser.add_argument("--embeddings", metavar="FILE", help=".npy (a row a clip), or a table: clip_id, embedding")
+  parser.add_argument("--least_embedding", type=float, default=0.95, help="cosine of copies (default: 0.95)")
+  parser.add_argument("--prefer", action="append", metavar="EXPRESSION",
+                      help="larger is better, the first counts most (default: width * height, clarity, vtss, "
+                      "duration_s)")  # fmt: skip
+  parser.add_argument("--workers", type=int, help="processes (default: one a core)")
+  parser.add_argument("--what_if", action="store_true", help="only say what would go")
+  _add_json(parser)
+
+
+def _dedup(args: argparse.Namespace) -> int:
+  from kling_jax.curation import dedup, duplicates
+
+  found = dedup.run(
+    args.input, args.what_if, against=args.against, embeddings=args.embeddings, least_embedding=args.least_embedding,
+    prefer=args.prefer or duplicates.PREFER, workers=args.workers,
+  )  # fmt: skip
+  if args.json:
+    _print_json(found)
+  else:
+    kinds = ", ".join(f"{count} {kind}" for kind, count in found["pairs"].items()) or "no"
+    verb = "would go" if args.what_if else "dropped"
+    print(f"{found['clips']} clips: {kinds} pairs, {found['groups']} groups, {found['dropped']} clips {verb}")
+    print(f"copies are: {found['stated']}")
+  return 0
+
+
+def _add_report(parser: Parser) -> None:
+  parser.add_argument("--input", required=True, help="clip set")
+
+
+def _report(args: argparse.Namespace) -> int:
+  from kling_jax.curation import report as curation_report
+
+  print(curation_report.write(args.input))
+  return 0
 
 
 def _add_caption(parser: Parser) -> None:
@@ -465,6 +515,8 @@ VERBS: dict[str, tuple[Callable[[Parser], None], Run, str]] = {
   "select": (_add_select, _select, "Which clips of a set are kept, by rules; or what rules would do."),
   "caption": (_add_caption, _caption, "Captions in six parts for a clip set or loose videos."),
   "fetch": (_add_fetch, _fetch, "Videos that a table names by address, into a folder."),
+  "dedup": (_add_dedup, _dedup, "Copies in a set, or of another set: equal, near, or close in an embedding."),
+  "report": (_add_report, _report, "The page of a set: funnel, limits to drag, clips kept and dropped, timings."),
   "data": (_add_data, _data, "Integrity of a clip set; the set in other formats."),
   "encode": (_add_encode, _encode, "Latents and text of a clip set into caches."),
   "train": (_add_train, _train, "Train any task of any config."),

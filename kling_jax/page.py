@@ -6,6 +6,7 @@ import html
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,8 @@ MENDING = "charts need plotly: run `pip install 'kling_jax[demo]'`"
 _KINDS = ((b"\x89PNG", "image/png"), (b"\xff\xd8", "image/jpeg"), (b"GIF8", "image/gif"), (b"RIFF", "image/webp"))
 # Distinct in light and dark, and to the colour-blind (Okabe & Ito, the light ones darkened a little).
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#b8609a", "#c58b00", "#3d9fd6")
+# Control characters, and marks that turn the reading direction: a name shall not lie about itself.
+_MARKS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +49,8 @@ class Page:
     self._parts: list[str] = []
     self._contents: list[tuple[str, str]] = []
     self._charts: list[dict[str, Any]] = []
+    self._widgets: list[tuple[Any, str]] = []
+    self._styles: dict[str, None] = {}
     self._subtitle = subtitle
 
   def section(self, title: str, text: str = "") -> None:
@@ -74,6 +79,18 @@ class Page:
     head = "".join(f"<th>{_text(cell)}</th>" for cell in header)
     body = "".join("<tr>" + "".join(_cell(cell) for cell in row) + "</tr>" for row in rows)
     self._parts.append(f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>')
+
+  def heatmap(self, names: Sequence[str], cells: Sequence[Sequence[float | None]]) -> None:
+    """A square table of numbers from -1 to 1, each cell coloured by its number; None is a gap."""
+    head = "".join(f"<th><span>{_text(name)}</span></th>" for name in names)
+    rows = []
+    for name, row in zip(names, cells, strict=True):
+      shown = "".join(_shaded(value) for value in row)
+      rows.append(f"<tr><th>{_text(name)}</th>{shown}</tr>")
+    self._parts.append(
+      f'<div class="wide"><table class="heat"><thead><tr><th></th>{head}</tr></thead>'
+      f"<tbody>{''.join(rows)}</tbody></table></div>"
+    )
 
   def funnel(self, stages: Sequence[tuple[str, float, str]], losses: Sequence[Mapping[str, float]] = ()) -> None:
     """Bars that narrow from stage to stage.
@@ -119,6 +136,18 @@ class Page:
       cells.append(f"<figure>{_media(tile)}<figcaption>{note}{_text(tile.caption)}</figcaption></figure>")
     self._parts.append(f'<div class="gallery" style="--tile:{width}px">{"".join(cells)}</div>')
 
+  def widget(self, markup: str, data: Any, script: str, style: str = "") -> None:
+    """A part with a script of its own.
+
+    Args:
+      markup, script, style: trusted text of this project, written as it is. The script finds its element as `root` and
+        its data as `DATA`, and puts texts into the page by `textContent` alone.
+      data: anything JSON-ready; no text in it can end the script.
+    """
+    self._styles[style] = None
+    self._parts.append(f'<div id="w{len(self._widgets)}">{markup}</div>')
+    self._widgets.append((data, script))
+
   def html(self) -> str:
     """The whole page.
 
@@ -129,9 +158,13 @@ class Page:
     menu = f"<nav>{links}</nav>" if len(self._contents) > 1 else ""
     subtitle = f"<p>{_text(self._subtitle)}</p>" if self._subtitle else ""
     script = _script(self._charts) if self._charts else ""
+    for number, (data, body) in enumerate(self._widgets):
+      element = f"document.getElementById('w{number}')"
+      script += f"<script>((root, DATA) => {{{body}}})({element}, {_json(data)});</script>"
     return (
       f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{_text(self._title)}</title>\n'
-      f'<meta name="viewport" content="width=device-width,initial-scale=1">\n<style>{_STYLE}</style></head>\n'
+      '<meta name="viewport" content="width=device-width,initial-scale=1">\n'
+      f"<style>{_STYLE}{''.join(self._styles)}</style></head>\n"
       f"<body><header><h1>{_text(self._title)}</h1>{subtitle}{menu}</header><main><section>"
       f"{''.join(self._parts)}</section></main>{script}</body></html>\n"
     )
@@ -191,13 +224,21 @@ def _cycle(count: int) -> list[str]:
 
 
 def _text(value: object) -> str:
-  return html.escape(str(value), quote=True)
+  return html.escape(_MARKS.sub(" ", str(value)), quote=True)
 
 
 def _cell(value: object) -> str:
   if isinstance(value, bool) or not isinstance(value, int | float):
     return f"<td>{_text(value)}</td>"
   return f'<td class="n">{_text(value if isinstance(value, int) else format(value, ".4g"))}</td>'
+
+
+def _shaded(value: float | None) -> str:
+  if value is None:
+    return "<td></td>"
+  colour = COLOURS[0] if value >= 0 else COLOURS[1]
+  style = f"background:color-mix(in srgb,{colour} {round(70 * min(abs(value), 1))}%,transparent)"
+  return f'<td style="{style}">{value:.2f}</td>'
 
 
 def _media(tile: Tile) -> str:
@@ -222,9 +263,12 @@ def _plotly() -> str:
 
 def _script(charts: list[dict[str, Any]]) -> str:
   """Plotly once, the charts as data, and the few lines that draw them in the reader's colours."""
-  # "<" is escaped, so that no text in a chart can end the script element; JSON has no other special characters here.
-  data = json.dumps(_plain(charts), allow_nan=False).replace("<", "\\u003c").replace("\u2028", "\\u2028")
-  return f"<script>{_plotly()}</script><script>const CHARTS={data};{_DRAW}</script>"
+  return f"<script>{_plotly()}</script><script>const CHARTS={_json(charts)};{_DRAW}</script>"
+
+
+def _json(value: Any) -> str:
+  """JSON for a script element: "<" is escaped, so that no text in it can end the element."""
+  return json.dumps(_plain(value), allow_nan=False).replace("<", "\\u003c")
 
 
 def _plain(value: Any) -> Any:
@@ -290,7 +334,13 @@ th { color: var(--soft); font-weight: 500; text-align: left; }
 th, td { padding: 6px 10px 6px 4px; border-bottom: 1px solid var(--line); vertical-align: top; }
 td { max-width: 46ch; overflow-wrap: anywhere; }
 tr:last-child td { border-bottom: 0; }
+.wide td { min-width: 5.5em; } .wide td.n, .heat td { min-width: 0; }
 td.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+.heat { width: auto; font-size: .78rem; font-variant-numeric: tabular-nums; }
+.heat td { text-align: center; padding: 5px 6px; border: 1px solid var(--card); }
+.heat th { padding: 2px 6px; border: 0; font-weight: 400; } .heat tbody th { text-align: right; white-space: nowrap; }
+.heat thead th { vertical-align: bottom; text-align: center; }
+.heat thead span { writing-mode: vertical-rl; transform: rotate(180deg); white-space: nowrap; display: inline-block; }
 .funnel > div { display: grid; grid-template-columns: 9em 1fr auto; gap: 2px 14px; align-items: center;
   padding: 5px 0; }
 .funnel span { color: var(--soft); font-size: .92rem; }
@@ -306,7 +356,8 @@ td.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowra
 figure { margin: 0; min-width: 0; }
 img, video { display: block; width: 100%; height: auto; border-radius: 8px; background: #000; }
 figcaption { color: var(--soft); font-size: .82rem; line-height: 1.4; margin-top: 6px; }
-.good, .bad { border-radius: 99px; padding: 1px 8px; font-size: .78rem; white-space: nowrap; }
+.good, .bad { border-radius: 10px; padding: 1px 8px; font-size: .78rem; box-decoration-break: clone;
+  -webkit-box-decoration-break: clone; }
 .good { color: var(--good); background: var(--goodback); } .bad { color: var(--bad); background: var(--badback); }
 @media (max-width: 560px) { header, main { padding: 0 12px; } header { padding-top: 22px; }
   section { padding: 16px 14px; }

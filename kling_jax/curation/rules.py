@@ -394,6 +394,29 @@ def stated(rule: Rule, quantiles: dict[str, float]) -> str:
   return ", ".join([rule.keep, *(f"{text} = {quantiles[text]:.6g}" for text in dict.fromkeys(used))])
 
 
+def limits(rule: Rule) -> tuple[str, float | None, float | None] | None:
+  """(column, least, most) of a rule that is a plain range of one column, None for an open end; else None."""
+  tree = rule.tree
+  if not isinstance(tree, ast.Compare):
+    return None
+  parts = [tree.left, *tree.comparators]
+  names_at = [k for k, part in enumerate(parts) if isinstance(part, ast.Name)]
+  if len(names_at) != 1 or any(_constant(part) is None for k, part in enumerate(parts) if k not in names_at):
+    return None
+  least: float | None = None
+  most: float | None = None
+  for k, op in enumerate(tree.ops):
+    if names_at[0] not in (k, k + 1) or not isinstance(op, ast.Lt | ast.LtE | ast.Gt | ast.GtE):
+      return None
+    on_left = names_at[0] == k
+    value = _constant(parts[k + 1 if on_left else k])
+    above = isinstance(op, ast.Gt | ast.GtE) == on_left
+    if (least if above else most) is not None:
+      return None
+    least, most = (value, most) if above else (least, value)
+  return parts[names_at[0]].id, least, most  # type: ignore[attr-defined]
+
+
 def rule_of(reason: str) -> str:
   """The name of the rule in a status_reason: what a funnel counts."""
   return DUPLICATE if reason.startswith("duplicate of ") else reason.partition(":")[0]

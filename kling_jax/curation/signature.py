@@ -1,0 +1,249 @@
+"""The perceptual signature of a clip: low frequencies of its frames, four a second, and how alike two signatures are.
+
+A frame is cut to what lies within dark or plain borders, shrunk to 32 x 32 grey values whatever its shape, and taken
+through a cosine transform of which the lowest 8 x 8 coefficients but the mean stay, each times its frequency, so that
+fine and coarse parts weigh alike. The angle between two such vectors does not change with brightness and contrast, and
+little with compression, size, noise and blur. A crop or a mirror image is a linear map of the coefficients, so that
+cropped and mirrored copies are looked for without touching pixels again. A clip is a series of vectors, so that a copy
+that starts later or is an excerpt agrees at some shift in time.
+
+What it cannot see as a copy: more than about 15 % cut off a side, turns beyond about 3 degrees, other speeds than
+within 10 %, pictures in pictures that are not on a plain ground, frames without detail.
+"""
+
+import dataclasses
+import functools
+import itertools
+import pathlib
+
+import cv2
+import numpy as np
+from av.video.reformatter import Interpolation
+
+from kling_jax.data import container, decode, picture
+
+NAME, VERSION = "dct8", "1"
+STEP_S = 0.25  # between frames of a signature
+SIZE = 8  # coefficients a side
+DEPTH = SIZE * SIZE - 1
+_LOOK, _RASTER = 96, 32  # pixels a side: for borders, and for the transform
+_PLAIN, _WIDEST = 12.0, 0.35  # a border's spread of grey levels, and its largest share of a side
+_FLAT = 2.5  # standard deviation in grey levels below which a frame says nothing
+_LEAST = 4  # frames that must overlap: a second
+_CROPS = ((0.0, 1.0), (0.06, 0.94), (0.12, 0.88), (0.0, 0.88), (0.12, 1.0))  # spans of a side that a crop leaves
+ALIKE, ALIKE_CROPPED = 0.7, 0.72  # similarity of copies; a crop is chosen as the best of many, so it must fit better
+_HOPELESS = 0.25  # below it no crop is tried
+_STILL = 0.02  # energy of the changes in time below which they are noise
+_SAME_CHANGES = 0.2  # correlation of the changes of copies that move
+
+
+@dataclasses.dataclass(frozen=True)
+class Signature:
+  """A clip as vectors.
+
+  Attributes:
+    vectors: (T, 63) int8, direction only. flat: (T,) bool, frames without detail.
+  """
+
+  vectors: np.ndarray
+  flat: np.ndarray
+
+  def __len__(self) -> int:
+    return len(self.vectors)
+
+  @functools.cached_property
+  def units(self) -> np.ndarray:
+    """(T, 63) float32 of length 1; 0 for flat frames."""
+    return _units(self.vectors.astype(np.float32)) * ~self.flat[:, None]
+
+  def to_bytes(self) -> bytes:
+    """64 bytes a frame."""
+    return np.concatenate([self.flat[:, None].astype(np.int8), self.vectors], axis=1).tobytes()
+
+  @classmethod
+  def from_bytes(cls, data: bytes) -> "Signature":
+    """The inverse of `to_bytes`. Raises ValueError where the length does not fit."""
+    rows = np.frombuffer(data, np.int8).reshape(-1, DEPTH + 1)
+    return cls(rows[:, 1:], rows[:, 0] != 0)
+
+  def distinct(self, least: float = 0.9) -> np.ndarray:
+    """Indices of the frames with detail that differ from the last one taken: what a search looks at."""
+    taken: list[int] = []
+    for k in np.flatnonzero(~self.flat):
+      if not taken or float(self.units[k] @ self.units[taken[-1]]) < least:
+        taken.append(int(k))
+    return np.array(taken, int)
+
+
+def of_media(media: bytes | str | pathlib.Path, limits: container.Limits = decode.DEFAULT_LIMITS) -> Signature:
+  """Decodes a clip and takes its signature.
+
+  Raises:
+    MediaError: nothing in it can be decoded.
+  """
+  looks: list[np.ndarray] = []
+  with decode.Cursor(media, limits) as cursor:
+    start = cursor.pts
+    tick = float(cursor.video.time_base)
+    last, shown = start, cursor.shown_at(start)
+    while True:  # the frame shown in the middle of each step
+      target = start + round((len(looks) + 0.5) * STEP_S / tick)
+      shown = cursor.shown_at(target)
+      if looks and target > cursor.pts + round(STEP_S / tick) and cursor.pts == last:
+        break
+      looks.append(_look(shown))
+      last = cursor.pts
+  return of_frames(np.stack(looks))
+
+
+def of_frames(looks_THW: np.ndarray) -> Signature:
+  """The signature of grey frames uint8 (T, 96, 96), STEP_S apart."""
+  top, bottom, left, right = borders(looks_THW)
+  vectors, flat = [], []
+  for look in looks_THW[:, top:bottom, left:right]:
+    small = cv2.resize(look, (_RASTER, _RASTER), interpolation=cv2.INTER_AREA).astype(np.float32)
+    basis = _basis()
+    coefficients = (basis @ small @ basis.T * _frequencies()).ravel()[1:]
+    vectors.append(coefficients / max(float(np.abs(coefficients).max()), 1e-6) * 127)
+    flat.append(float(small.std()) < _FLAT)
+  return Signature(np.rint(vectors).astype(np.int8), np.array(flat))
+
+
+def _look(frame) -> np.ndarray:
+  options = {"width": _LOOK, "height": _LOOK, "format": "gray", "interpolation": Interpolation.AREA}
+  grey = picture.reformat(frame, **options).to_ndarray()
+  transpose, flip_rows, flip_columns = picture.orientation(frame)
+  grey = grey.T if transpose else grey
+  grey = grey[::-1] if flip_rows else grey
+  return np.ascontiguousarray(grey[:, ::-1] if flip_columns else grey)
+
+
+def borders(looks_THW: np.ndarray) -> tuple[int, int, int, int]:
+  """(top, bottom, left, right) of what lies within plain borders that never change, in pixels."""
+  spans = []
+  for axes in ((0, 2), (0, 1)):
+    low, high = np.percentile(looks_THW, (2, 98), axis=axes)
+    plain = high - low <= _PLAIN
+    most = int(len(plain) * _WIDEST)
+    first = next((k for k in range(most) if not plain[k]), most)
+    last = next((k for k in range(most) if not plain[::-1][k]), most)
+    # The row beside a border is a mixture of both.
+    spans += [first + (first > 0), len(plain) - last - (last > 0)]
+  return spans[0], spans[1], spans[2], spans[3]
+
+
+@dataclasses.dataclass(frozen=True)
+class Match:
+  """How two clips agree.
+
+  Attributes:
+    similarity: mean cosine over the frames that overlap, -1 to 1.
+    shift: frame k of the first is frame k + shift of the second. overlap: frames.
+    copy: whether this makes them copies.
+  """
+
+  similarity: float
+  shift: int
+  overlap: int
+  copy: bool
+
+
+def match(a: Signature, b: Signature) -> Match:
+  """The best agreement of two signatures over shifts in time, then over crops and mirror images."""
+  plain, shift, overlap = _best_shift(a.units[None], b.units[None], a.flat, b.flat)[1:]
+  if plain >= ALIKE:
+    return Match(plain, shift, overlap, _same_changes(a.units, b.units, shift, overlap))
+  mirrored = _best_shift((a.units * mirror())[None], b.units[None], a.flat, b.flat)
+  if max(plain, mirrored[1]) < _HOPELESS:
+    return Match(plain, shift, overlap, False)
+  maps = _crops()
+  found = []
+  for flipped, units in ((False, a.units), (True, a.units * mirror())):
+    if (mirrored[1] if flipped else plain) >= _HOPELESS:
+      found.append((*_best_shift(_mapped(maps, units), b.units[None], a.flat, b.flat), flipped, True))
+      found.append((*_best_shift(units[None], _mapped(maps, b.units), a.flat, b.flat), flipped, False))
+  which, similarity, shift, overlap, flipped, of_first = max(found, key=lambda one: one[1])
+  first = a.units * mirror() if flipped else a.units
+  second = b.units
+  if of_first:
+    first = _mapped(maps[which : which + 1], first)[0]
+  else:
+    second = _mapped(maps[which : which + 1], second)[0]
+  good = similarity >= (ALIKE if which == 0 else ALIKE_CROPPED)
+  return Match(similarity, shift, overlap, good and _same_changes(first, second, shift, overlap))
+
+
+def _best_shift(a_NTD: np.ndarray, b_MTD: np.ndarray, a_flat: np.ndarray, b_flat: np.ndarray):
+  """(which map, similarity, shift, overlap) of the best of N x M maps (one of them 1) and all shifts."""
+  long = max(_LEAST, (min(a_NTD.shape[1], b_MTD.shape[1]) + 1) // 2)
+  least = min(long, a_NTD.shape[1], b_MTD.shape[1])
+  cosines = np.matmul(a_NTD, b_MTD.swapaxes(1, 2))  # (maps, Ta, Tb)
+  seen = ~a_flat[:, None] & ~b_flat[None]
+  best = (0, -1.0, 0, 0)
+  for shift in range(least - cosines.shape[1], cosines.shape[2] - least + 1):
+    along = np.diagonal(seen, shift)
+    count = int(along.sum())
+    if count * 2 < len(along) or count == 0:
+      continue
+    means = np.diagonal(cosines, shift, axis1=1, axis2=2).sum(-1) / count
+    which = int(means.argmax())
+    if means[which] > best[1]:
+      best = (which, float(means[which]), shift, len(along))
+  return best
+
+
+def _same_changes(a: np.ndarray, b: np.ndarray, shift: int, overlap: int) -> bool:
+  """Whether what moves in one clip moves in the other: two moments before one still camera are no copies."""
+  start = max(0, -shift)
+  first, second = a[start : start + overlap], b[start + shift : start + shift + overlap]
+  first, second = first - first.mean(0), second - second.mean(0)
+  energy = float((first**2).sum()), float((second**2).sum())
+  if min(energy) / max(overlap, 1) < _STILL:
+    return True
+  return float((first * second).sum()) / float(np.sqrt(energy[0] * energy[1])) >= _SAME_CHANGES
+
+
+def _units(vectors: np.ndarray) -> np.ndarray:
+  return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-6)
+
+
+def _mapped(maps_NDD: np.ndarray, units_TD: np.ndarray) -> np.ndarray:
+  return _units(np.matmul(units_TD[None], maps_NDD.swapaxes(1, 2)))
+
+
+@functools.cache
+def _basis() -> np.ndarray:
+  """(8, 32): rows of an orthonormal cosine transform."""
+  places = (np.arange(_RASTER) + 0.5) / _RASTER
+  basis = np.cos(np.pi * np.arange(SIZE)[:, None] * places) * np.sqrt(2 / _RASTER)
+  basis[0] /= np.sqrt(2)
+  return basis.astype(np.float32)
+
+
+@functools.cache
+def _frequencies() -> np.ndarray:
+  u = np.arange(SIZE)
+  return np.hypot(u[:, None], u).astype(np.float32)
+
+
+@functools.cache
+def mirror() -> np.ndarray:
+  """(63,): odd horizontal frequencies change sign in a mirror."""
+  return np.tile(np.where(np.arange(SIZE) % 2, -1.0, 1.0), SIZE)[1:].astype(np.float32)
+
+
+@functools.cache
+def _crops() -> np.ndarray:
+  """(N, 63, 63): what cropping and stretching back does to a vector, the first nothing.
+
+  A picture of low frequencies is sum_u c_u cos(pi u x); its part x = p + (q - p) x' goes through the same transform.
+  """
+  places = (np.arange(_RASTER) + 0.5) / _RASTER
+  sides = []
+  for low, high in _CROPS:
+    waves = np.cos(np.pi * np.arange(SIZE)[:, None] * (low + (high - low) * places)) * np.sqrt(2 / _RASTER)
+    waves[0] /= np.sqrt(2)
+    sides.append(_basis() @ waves.T)  # (new, old)
+  weights = _frequencies().ravel()[1:]
+  maps = [np.kron(rows, columns)[1:, 1:] for rows, columns in itertools.product(sides, sides)]
+  return np.stack([weights[:, None] * one / weights for one in maps]).astype(np.float32)
