@@ -71,6 +71,9 @@ def test_every_notation_of_groups(groups: str, axes: tuple[str, ...] | None) -> 
     ("(f32[4,8], f32[4,8], u32[], u32[]) collective-permute-start(%x), source_target_pairs={{0,2}}",
      "collective-permute", 128),
     ("(f32[2,8], f32[4,8]) all-gather-start(%x), replica_groups=[4,2]<=[8], dimensions={0}", "all-gather", 128),
+    ('(f32[64,8,128]{2,1,0:T(8,128)}, u32[], token[]) recv(%x), channel_id=10, is_host_transfer=true, '
+     'frontend_attributes={_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}',
+     "all-reduce", 4 * 65536),
     ("(f32[4,8], bf16[3]) all-reduce(%x, %y), replica_groups=[4,2]<=[8], to_apply=%add", "all-reduce", 134),
   ],
 )  # fmt: skip
@@ -81,7 +84,9 @@ def test_kinds_and_sizes(line: str, kind: str, size: int) -> None:
 
 def test_what_follows_a_kernel_with_metadata_on_lines_of_its_own() -> None:
   """The TPU compiler's text of a Pallas kernel; all that stood behind it in a computation was once left out."""
-  kernel = 'f32[4,8] custom-call(%x), frontend_attributes={kernel_metadata={\n"block_q":"512"\n}}, metadata={op_name="k"}'
+  kernel = (
+    'f32[4,8] custom-call(%x), frontend_attributes={kernel_metadata={\n"block_q":"512"\n}}, metadata={op_name="k"}'
+  )
   line = f"{kernel}\n  ROOT %last = {GATHER.format(groups='replica_groups=[4,2]<=[8]')}"
   (found,) = collectives.read(TEXT.format(line=line), MESH)
   assert (found.kind, found.axes, found.loops) == ("all-gather", ("tensor",), 1)

@@ -3,7 +3,8 @@
   read(jax.jit(step).lower(...).compile().as_text(), mesh.shape)
 
 Written against the text of XLA for CPU and TPU: three notations of device groups, asynchronous forms, and the TPU
-compiler's reduce-scatter, which is no operation of that name but a fusion that calls an `all-reduce-scatter`.
+compiler's reduce-scatter, which may be no operation of that name but a fusion that calls an `all-reduce-scatter`.
+Between TPU slices it writes a send to the host and a receive from it, which name the collective that they stand for.
 """
 
 import dataclasses
@@ -31,6 +32,7 @@ _MESH_GROUPS = re.compile(
   r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(((?:[^()]|\([^()]*\))*)\))?(?: \{([^}]*)\})?(?=,|\s|$)"
 )
 _IOTA_GROUPS = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+_BETWEEN_SLICES = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
 _LISTED_GROUPS = re.compile(r"(?:replica_groups|source_target_pairs)=\{((?:\{[\d,]*\},?)*)\}")
 
 
@@ -41,8 +43,10 @@ class Collective:
   Attributes:
     kind: one of `KINDS`.
     arrays: (dtype, shape) of each result on one device.
-    groups: positions in the mesh that talk to each other; (source, target) pairs of a collective-permute.
-    axes: the mesh axes along which they differ, in the order of the mesh.
+    groups: positions in the mesh that talk to each other; (source, target) pairs of a collective-permute; () between
+      slices, where the text does not say.
+    axes: the mesh axes along which they differ, in the order of the mesh; between slices the first, which alone
+      crosses them.
     loops: how many loops stand around it.
     trips: how often they run it in all, as far as the text says.
     source: the operation of the traced program that it serves.
@@ -97,12 +101,13 @@ def read(text: str, mesh: Mapping[str, int]) -> list[Collective]:
       attributes = instruction.rest
       if instruction.opcode in ("fusion", "async-start"):
         attributes = _inner(computations, instruction).rest
-      groups = _groups(attributes, math.prod(mesh.values()))
+      between = instruction.opcode == "recv"
+      groups = () if between else _groups(attributes, math.prod(mesh.values()))
+      axes = tuple(mesh)[:1] if between else _axes(groups, mesh)
       source = re.search(r'op_name="([^"]*)"', instruction.rest)
       found.append(
-        Collective(kind, _results(instruction, kind), groups, _axes(groups, mesh), loops, trips,
-                   source.group(1) if source else "")
-      )  # fmt: skip
+        Collective(kind, _results(instruction), groups, axes, loops, trips, source.group(1) if source else "")
+      )
   return found
 
 
@@ -146,14 +151,15 @@ def _kind(instruction: _Instruction) -> str | None:
     return opcode
   if instruction.opcode == "fusion" and instruction.called[0].startswith("all-reduce-scatter"):
     return "reduce-scatter"
-  return None
+  between = _BETWEEN_SLICES.search(instruction.rest) if instruction.opcode == "recv" else None
+  return between.group(1).lower().replace("_", "-") if between else None
 
 
 def _inner(computations: Mapping[str, Sequence[_Instruction]], fusion: _Instruction) -> _Instruction:
   return next(inner for inner in computations[fusion.called[0]] if inner.opcode in KINDS)
 
 
-def _results(instruction: _Instruction, kind: str) -> tuple[tuple[str, tuple[int, ...]], ...]:
+def _results(instruction: _Instruction) -> tuple[tuple[str, tuple[int, ...]], ...]:
   arrays = [
     (dtype, tuple(int(size) for size in sizes.split(",") if size))
     for dtype, sizes in _SHAPE.findall(re.sub(r"\{[^{}]*\}", "", instruction.result))
@@ -161,6 +167,8 @@ def _results(instruction: _Instruction, kind: str) -> tuple[tuple[str, tuple[int
   ]
   if instruction.opcode == "collective-permute-start":
     return tuple(arrays[1:2])  # (operand, result, two semaphores)
+  if instruction.opcode == "recv":
+    return tuple(arrays[:1])  # (result, context, token)
   if instruction.opcode == "all-gather-start":
     return tuple(arrays[len(arrays) // 2 :])  # (operands, results)
   return tuple(arrays)
