@@ -1,4 +1,4 @@
-"""Flow, camera model and motion vectors against motions that are known: closed forms, the procedural world, encoders."""
+"""Flow, camera and motion vectors against known motions: closed forms, the procedural world, an encoder."""
 
 import cv2
 import numpy as np
@@ -22,7 +22,7 @@ TEXTURE = texture()
 
 
 def film(times, pan=0.0, tilt=0.0, zoom=0.0, roll=0.0, shape=(HEIGHT, WIDTH), jitter=None) -> np.ndarray:
-  """A texture filmed by a camera: diagonals per second, d log scale / dt, degrees per second; `jitter` (T, 2) pixels."""
+  """A texture filmed by a camera: diagonals, d log scale and degrees per second; `jitter` (T, 2) in pixels."""
   height, width = shape
   unit, frames = np.hypot(height, width), []
   for k, t in enumerate(times):
@@ -136,8 +136,8 @@ def test_labels():
 
 @pytest.fixture(scope="module")
 def shifted() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-  """Pairs of pictures with known flow (B, H, W, 2): shifts, a zoom; and the flow that was found."""
-  shape = (64, 96)
+  """24 pairs of pictures with known flow (B, H, W, 2), five kinds in turn: shifts, a zoom; and the flow found."""
+  shape = (107, 160)  # of a clip of 2 : 3, as `flow.flows` asks: one compiled program
   moves = [(0.0, 0.0), (0.35, -0.2), (-3.0, 2.0), (7.0, -5.0)]
   base = film([0.0], shape=shape)[0, ..., 0].astype(np.float32)
   first = np.stack([base] * (len(moves) + 1))
@@ -147,7 +147,8 @@ def shifted() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     truth.append(np.broadcast_to([dx, dy], (*shape, 2)))
   second.append(film([1.0], shape=shape, zoom=0.05)[0, ..., 0])
   truth.append(camera.Camera(0, 0, np.exp(0.05) - 1, 0).field(shape))
-  second, truth = np.stack(second).astype(np.float32), np.stack(truth)
+  turn = np.arange(24) % 5
+  first, second, truth = first[turn], np.stack(second).astype(np.float32)[turn], np.stack(truth)[turn]
   return first, second, truth, np.asarray(flow.flow(first, second))
 
 
@@ -156,20 +157,15 @@ def test_the_flow_in_jax_finds_known_motions(shifted):
   inside = (slice(None), slice(8, -8), slice(10, -10))
   errors = np.hypot(*np.moveaxis((found - truth)[inside], -1, 0)).mean((1, 2))
   assert errors.max() < 0.12, errors
-  farneback = np.stack(
-    [
-      motion.flow(*(motion.Prepared(p.astype(np.uint8), p) for p in pair), 0.1).flow_HWC
-      for pair in zip(first, second, strict=True)
-    ]
-  )
-  other = np.hypot(*np.moveaxis((farneback - truth)[inside], -1, 0)).mean((1, 2))
-  assert errors.mean() < other.mean() + 0.1, (errors, other)
+  pairs = [[motion.Prepared(p.astype(np.uint8), p) for p in pair] for pair in zip(first[:5], second[:5], strict=True)]
+  farneback = np.stack([motion.flow(*pair, 0.1).flow_HWC for pair in pairs])
+  other = np.hypot(*np.moveaxis((farneback - truth[:5])[inside], -1, 0)).mean((1, 2))
+  assert errors[:5].mean() < other.mean() + 0.05, (errors, other)
 
 
 def test_the_flow_in_jax_of_a_pair_does_not_depend_on_its_batch(shifted):
-  first, second, _, found = shifted
-  order = np.array([3, 1, 4, 0, 2])
-  np.testing.assert_allclose(np.asarray(flow.flow(first[order], second[order])), found[order], atol=2e-3)
+  found = shifted[3]
+  np.testing.assert_allclose(found[5:20], np.concatenate([found[:5]] * 3), atol=2e-3)
 
 
 def test_the_camera_by_the_flow_in_jax():

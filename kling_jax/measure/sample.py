@@ -53,6 +53,7 @@ class Sample:
     pairs: indices of frames about 0.1 s apart, one a place.
     triples: indices (i, j, k) of frames of one place with both steps about 0.1 s; (i, j) or (j, k) is among `pairs`.
     luma: a place, its first frame's luma, uint8, at most 480 pixels on the shorter side.
+    later: the same of the second frames of the pairs.
     crops: a place, the middle of its first frame's luma in the pixels of the media, at most 512 x 512.
     thumbs_FHW: uint8 luma thumbnails (F, 32, 64) of every decoded frame.
     thumb_times_s: (F,) their seconds; frames are consecutive within a run.
@@ -66,6 +67,7 @@ class Sample:
   pairs: list[tuple[int, int]]
   triples: list[tuple[int, int, int]]
   luma: list[np.ndarray]
+  later: list[np.ndarray]
   crops: list[np.ndarray]
   thumbs_FHW: np.ndarray
   thumb_times_s: np.ndarray
@@ -129,6 +131,7 @@ def of_frames(frames_THWC: np.ndarray, times_s: np.ndarray) -> Sample:
     pairs=pairs,
     triples=_triples(times_s, pairs),
     luma=[at_most(greys[i], LUMA_SIDE) for i in firsts],
+    later=[at_most(greys[j], LUMA_SIDE) for _, j in pairs],
     crops=[_crop(greys[i]) for i in firsts],
     thumbs_FHW=np.stack([cv2.resize(grey, size, interpolation=cv2.INTER_AREA) for grey in greys]),
     thumb_times_s=times_s,
@@ -203,6 +206,7 @@ def of_media(source: decode.Media, *, limits: decode.Limits = decode.DEFAULT_LIM
     pairs=pairs,
     triples=typing.cast(list[tuple[int, int, int]], [t for t in triples if len(set(t)) == 3]),
     luma=seen.luma,
+    later=seen.later,
     crops=seen.crops,
     thumbs_FHW=np.stack(seen.thumbs),
     thumb_times_s=np.array(seen.thumb_times_s),
@@ -218,6 +222,7 @@ class _Seen:
 
   frames_THWC: np.ndarray
   luma: list[np.ndarray] = dataclasses.field(default_factory=list)
+  later: list[np.ndarray] = dataclasses.field(default_factory=list)
   crops: list[np.ndarray] = dataclasses.field(default_factory=list)
   thumbs: list[np.ndarray] = dataclasses.field(default_factory=list)
   thumb_times_s: list[float] = dataclasses.field(default_factory=list)
@@ -243,6 +248,7 @@ def _look(
     seen.frames_THWC[number] = picture.cover(frame, *size)
     if number in seconds:
       seen.vectors += vectors_of(frame)
+      seen.later.append(at_most(_luma(frame), LUMA_SIDE))
     if number in firsts:
       luma = _luma(frame)
       seen.luma.append(at_most(luma, LUMA_SIDE))

@@ -9,7 +9,7 @@ NAME, VERSION = "changes", "1"
 CONDITIONS = ("static", "duplicates", "brightness_change")
 STILL = 6  # levels: most range of a still pixel over the clip, after a blur that takes off most of the noise
 BLUR = 2.0  # pixels
-REPEAT = 1  # levels: most difference of any value of a thumbnail between a frame and its repetition
+REPEAT = 2  # levels: most difference of a value of a thumbnail between a frame and its repetition; encoders leave some
 WINDOW_S = 0.2  # time in which a change of brightness counts
 
 
@@ -19,7 +19,7 @@ def stillness(sample: Sample) -> dict[str, float]:
   Returns:
     static: share of the picture that is the same (within 6 levels, blurred by 2 pixels) in all places of the clip.
     duplicates: share of frames that repeat the one before them: no value of a 64 x 32 thumbnail differs by more than
-      a level. In clips of up to 20 s of all frames, else of those around the eight places. A tripod shot of a still
+      2 levels. In clips of up to 20 s of all frames, else of those around the eight places. A tripod shot of a still
       life repeats its frames too.
     brightness_change: largest change of mean luma within 0.2 s, of the full range: flashes, exposure jumps, cuts.
   """

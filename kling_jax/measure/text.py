@@ -18,10 +18,10 @@ AROUND = 25  # pixels: window of the mean that letters are compared with
 CONTRAST = 28  # levels
 LEAST_HEIGHT, MOST_HEIGHT = 7, 64  # pixels at 480 on the shorter side
 LEAST_LETTERS = 4
-UNMOVED = 0.8  # share of a letter's pixels that must be the same in the next frame
+UNMOVED = 0.7  # share of a letter's pixels that must be the same in the next frame
 MOVED = 12  # levels
-SPREAD = 35  # levels: most deviation within a letter
-WITHIN_WORDS = 0.6  # least share of the gaps that are narrow, as between the letters of a word
+SPREAD, SPREAD_EDGE = 30, 200  # levels: most deviation within a letter; levels x pixels, for its soft edges
+WITHIN_WORDS = 0.5  # least share of the gaps that are narrow, as between the letters of a word
 INTRUDERS = 0.25  # shapes that reach into a line from above or below, for each of its letters
 
 
@@ -31,12 +31,7 @@ def text(sample: Sample) -> dict[str, float]:
     return {}
   shares = []
   for place, luma in enumerate(sample.luma):
-    steady = None
-    if place < len(sample.pairs):
-      i, j = sample.pairs[place]
-      moved = cv2.absdiff(*(cv2.blur(sample.grey_THW[k], (3, 3)) for k in (i, j)))
-      still = (moved <= MOVED).astype(np.uint8)
-      steady = cv2.resize(still, luma.shape[::-1], interpolation=cv2.INTER_NEAREST).astype(bool)
+    steady = cv2.absdiff(luma, sample.later[place]) <= MOVED if place < len(sample.later) else None
     shares.append(area(lines(luma, steady), luma.shape))
   return {"text": float(np.mean(shares))}
 
@@ -83,7 +78,7 @@ def _shapes(mask_HW: np.ndarray, luma_HW: np.ndarray, steady_HW: np.ndarray | No
   outline = np.flatnonzero(mask - cv2.erode(mask, np.ones((3, 3), np.uint8)))
   edge = np.bincount(labels.ravel()[outline], minlength=count)
   stroke = 2 * pixels / np.maximum(edge, 1)  # a bar of width w has w pixels for two of its outline
-  fits &= (stroke < 0.42 * height) & (stroke < 14) & (spread < SPREAD)
+  fits &= (stroke < 0.42 * height) & (stroke < 14) & (spread < SPREAD + SPREAD_EDGE / height)
   if steady_HW is not None:
     fits &= np.bincount(number, steady_HW.ravel()[where], count) >= UNMOVED * pixels
   return np.stack([left, top, width, height, stroke, level, fill], axis=-1)[fits], boxes_M4
@@ -110,9 +105,10 @@ def _rows(letters_N7: np.ndarray, boxes_M4: np.ndarray) -> np.ndarray:
     box = left[inside].min(), top[inside].min(), right[inside].max(), bottom[inside].max()
     size = np.median(height[inside])
     # A line is one line high and longer than high; its letters are of one colour, and not alike as bricks are.
-    if box[3] - box[1] > 2.0 * size or box[2] - box[0] < 2.5 * size:
+    if box[3] - box[1] > 2.5 * size or box[2] - box[0] < 2.5 * size:
       continue
-    if np.std(level[inside]) > 14 or np.median(fill[inside]) > 0.8 or np.ptp(width[inside]) < 0.25 * size:
+    alike = np.ptp(width[inside]) < 0.25 * size and np.ptp(fill[inside]) < 0.15
+    if np.std(level[inside]) > 14 or np.median(fill[inside]) > 0.8 or alike:
       continue
     order = np.argsort(left[inside])
     gaps = left[inside][order][1:] - np.maximum.accumulate(right[inside][order])[:-1]

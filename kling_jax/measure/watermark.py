@@ -12,7 +12,7 @@ SIDE = 320  # most pixels of the shorter side
 EDGE = 24.0  # levels over two pixels: weakest gradient that counts
 STEADY = 0.35  # most median deviation of a gradient over the clip, of its median
 CELL = 16  # pixels: parts of the picture that are told to stay or to change
-TEXTURED = 6.0  # mean gradient of a cell that can tell
+TEXTURED = 3.0  # mean gradient of a cell that can tell
 STAYS = 0.5  # of a cell's usual gradient that its median over the clip keeps, where it stays
 LEAST_EDGES = 24  # pixels of a mark
 LEAST_PLACES = 4
@@ -43,7 +43,7 @@ def marks(luma_THW: np.ndarray) -> np.ndarray | None:
   dx, dy = (np.stack(component).astype(np.float32) for component in gradients)
   mid_x, mid_y = _median(dx), _median(dy)
   strength = np.hypot(mid_x, mid_y)
-  if _changing(strength, _median(np.hypot(dx, dy))) < TELLING:
+  if _changing(strength, np.hypot(dx, dy).mean(0)) < TELLING:
     return None
   deviation = _median(np.hypot(dx - mid_x, dy - mid_y))
   steady = (strength >= EDGE) & (deviation <= STEADY * strength)
