@@ -21,6 +21,7 @@ from typing import Any
 from kling_jax.errors import KlingError, ProcessError, UsageError
 
 PASSED_ON = ("JAX_", "XLA_", "LIBTPU_")
+STRATEGIES = ("SPREAD", "STRICT_SPREAD", "PACK", "STRICT_PACK")
 
 
 def run(
@@ -35,7 +36,7 @@ def run(
 
   Args:
     resources: of one process, in Ray's names: CPU, GPU, TPU.
-    strategy: of the placement group: SPREAD and STRICT_SPREAD (one a host), PACK, STRICT_PACK.
+    strategy: of the placement group, one of `STRATEGIES`; STRICT_SPREAD puts each process on a host of its own.
     patience_s: how long to wait until the cluster has room.
 
   Raises:
@@ -123,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser.add_argument("--cpus", type=float, default=1, help="of each process")
   parser.add_argument("--gpus", type=float, default=0, help="of each process")
   parser.add_argument("--tpus", type=float, default=0, help="TPU chips of each process")
-  parser.add_argument("--strategy", default="SPREAD", help="SPREAD, STRICT_SPREAD, PACK, STRICT_PACK")
+  parser.add_argument("--strategy", default="SPREAD", choices=STRATEGIES, help="how bundles spread over hosts")
   args = parser.parse_args(own)
   if not words:
     parser.error("give the words of `kling train` behind --")
