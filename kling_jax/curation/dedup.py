@@ -207,7 +207,8 @@ def _near(a: Clips, b: Clips, exact: list[dict[str, Any]]) -> list[dict[str, Any
     return []
   turned = (queries * signature.mirror()).astype(np.int8)
   both, owners = np.concatenate([queries, turned]), np.concatenate([query_owner, query_owner])
-  candidates = neighbours.pairs(both, owners, base, base_owner, NEAR_FRAME)
+  shift = 0 if a is b else len(a)  # clips of different sets are never the same clip
+  candidates = neighbours.pairs(both, owners, base, base_owner + shift, NEAR_FRAME) - [0, shift]
   if a is b:
     candidates = np.unique(np.sort(candidates, axis=1), axis=0)
   found = []

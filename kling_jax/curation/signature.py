@@ -1,14 +1,14 @@
 """The perceptual signature of a clip: low frequencies of its frames, four a second, and how alike two signatures are.
 
-A frame is cut to what lies within dark or plain borders, shrunk to 32 x 32 grey values whatever its shape, and taken
-through a cosine transform of which the lowest 8 x 8 coefficients but the mean stay, each times its frequency, so that
-fine and coarse parts weigh alike. The angle between two such vectors does not change with brightness and contrast, and
-little with compression, size, noise and blur. A crop or a mirror image is a linear map of the coefficients, so that
-cropped and mirrored copies are looked for without touching pixels again. A clip is a series of vectors, so that a copy
-that starts later or is an excerpt agrees at some shift in time.
+A frame is cut to what lies within dark bars, shrunk to 32 x 32 grey values whatever its shape, and goes through a
+cosine transform of which the lowest 8 x 8 coefficients but the mean stay, each times its frequency, so that fine and
+coarse parts weigh alike. The angle between two such vectors does not change with brightness and contrast, and little
+with compression, size, noise and blur. A crop or a mirror image is a linear map of the coefficients, so that cropped
+and mirrored copies are looked for without touching pixels again. Coarse colours can only speak against a copy. A clip
+is a series of vectors, so that a copy that starts later, or is an excerpt, agrees at some shift in time.
 
 What it cannot see as a copy: more than about 15 % cut off a side, turns beyond about 3 degrees, other speeds than
-within 10 %, pictures in pictures that are not on a plain ground, frames without detail.
+within 10 %, pictures in pictures that are not on a dark ground, frames without detail.
 """
 
 import dataclasses
@@ -16,6 +16,7 @@ import functools
 import itertools
 import pathlib
 
+import av
 import cv2
 import numpy as np
 from av.video.reformatter import Interpolation
@@ -27,14 +28,18 @@ STEP_S = 0.25  # between frames of a signature
 SIZE = 8  # coefficients a side
 DEPTH = SIZE * SIZE - 1
 _LOOK, _RASTER = 96, 32  # pixels a side: for borders, and for the transform
-_PLAIN, _WIDEST = 12.0, 0.35  # a border's spread of grey levels, and its largest share of a side
+# A border's spread of grey levels, its largest level, its largest share of a side; the part of a side at which the
+# picture must begin beside it.
+_PLAIN, _DARK, _WIDEST, _BEGINS = 12.0, 60.0, 0.35, 0.3
 _FLAT = 2.5  # standard deviation in grey levels below which a frame says nothing
 _LEAST = 4  # frames that must overlap: a second
 _CROPS = ((0.0, 1.0), (0.06, 0.94), (0.12, 0.88), (0.0, 0.88), (0.12, 1.0))  # spans of a side that a crop leaves
-ALIKE, ALIKE_CROPPED = 0.7, 0.72  # similarity of copies; a crop is chosen as the best of many, so it must fit better
+ALIKE, ALIKE_CROPPED = 0.7, 0.74  # similarity of copies; a crop is chosen as the best of many, so it must fit better
 _HOPELESS = 0.25  # below it no crop is tried
 _STILL = 0.02  # energy of the changes in time below which they are noise
-_SAME_CHANGES = 0.2  # correlation of the changes of copies that move
+_SAME_CHANGES, _SAME_CHANGES_CROPPED = 0.2, 0.4  # correlation of the changes of copies that move
+_HUES = 3  # frequencies of colour a side
+_COLOURFUL, _SAME_COLOURS = 4.0, 0.75  # levels of colour from which it counts, and the cosine of copies
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,10 +48,12 @@ class Signature:
 
   Attributes:
     vectors: (T, 63) int8, direction only. flat: (T,) bool, frames without detail.
+    colours: (T, 18) int8, the lowest 3 x 3 frequencies of blue and red difference, the first of each its mean level.
   """
 
   vectors: np.ndarray
   flat: np.ndarray
+  colours: np.ndarray
 
   def __len__(self) -> int:
     return len(self.vectors)
@@ -57,14 +64,14 @@ class Signature:
     return _units(self.vectors.astype(np.float32)) * ~self.flat[:, None]
 
   def to_bytes(self) -> bytes:
-    """64 bytes a frame."""
-    return np.concatenate([self.flat[:, None].astype(np.int8), self.vectors], axis=1).tobytes()
+    """82 bytes a frame."""
+    return np.concatenate([self.flat[:, None].astype(np.int8), self.vectors, self.colours], axis=1).tobytes()
 
   @classmethod
   def from_bytes(cls, data: bytes) -> "Signature":
     """The inverse of `to_bytes`. Raises ValueError where the length does not fit."""
-    rows = np.frombuffer(data, np.int8).reshape(-1, DEPTH + 1)
-    return cls(rows[:, 1:], rows[:, 0] != 0)
+    rows = np.frombuffer(data, np.int8).reshape(-1, 1 + DEPTH + 2 * _HUES**2)
+    return cls(rows[:, 1 : DEPTH + 1], rows[:, 0] != 0, rows[:, DEPTH + 1 :])
 
   def distinct(self, least: float = 0.9) -> np.ndarray:
     """Indices of the frames with detail that differ from the last one taken: what a search looks at."""
@@ -96,40 +103,58 @@ def of_media(media: bytes | str | pathlib.Path, limits: container.Limits = decod
   return of_frames(np.stack(looks))
 
 
-def of_frames(looks_THW: np.ndarray) -> Signature:
-  """The signature of grey frames uint8 (T, 96, 96), STEP_S apart."""
-  top, bottom, left, right = borders(looks_THW)
-  vectors, flat = [], []
-  for look in looks_THW[:, top:bottom, left:right]:
-    small = cv2.resize(look, (_RASTER, _RASTER), interpolation=cv2.INTER_AREA).astype(np.float32)
-    basis = _basis()
-    coefficients = (basis @ small @ basis.T * _frequencies()).ravel()[1:]
+def of_frames(looks_TCHW: np.ndarray) -> Signature:
+  """The signature of frames uint8 (T, 3, 96, 96), STEP_S apart: grey, blue and red difference."""
+  top, bottom, left, right = borders(looks_TCHW[:, 0])
+  vectors, flat, colours = [], [], []
+  basis = _basis()
+  for look in looks_TCHW[:, :, top:bottom, left:right]:
+    grey, *differences = (
+      cv2.resize(plane, (_RASTER, _RASTER), interpolation=cv2.INTER_AREA).astype(np.float32) for plane in look
+    )
+    coefficients = (basis @ grey @ basis.T * _frequencies()).ravel()[1:]
     vectors.append(coefficients / max(float(np.abs(coefficients).max()), 1e-6) * 127)
-    flat.append(float(small.std()) < _FLAT)
-  return Signature(np.rint(vectors).astype(np.int8), np.array(flat))
+    flat.append(float(grey.std()) < _FLAT)
+    low = basis[:_HUES]
+    colours.append(np.concatenate([(low @ (plane - 128) @ low.T).ravel() / _RASTER for plane in differences]))
+  return Signature(
+    np.rint(vectors).astype(np.int8), np.array(flat), np.clip(np.rint(colours), -127, 127).astype(np.int8)
+  )
 
 
-def _look(frame) -> np.ndarray:
-  options = {"width": _LOOK, "height": _LOOK, "format": "gray", "interpolation": Interpolation.AREA}
-  grey = picture.reformat(frame, **options).to_ndarray()
+def _look(frame: av.VideoFrame) -> np.ndarray:
+  """(3, 96, 96) uint8, upright."""
+  options = {"width": _LOOK, "height": _LOOK, "format": "yuv444p", "interpolation": Interpolation.AREA}
+  planes = picture.reformat(frame, **options).to_ndarray().reshape(3, _LOOK, _LOOK)
   transpose, flip_rows, flip_columns = picture.orientation(frame)
-  grey = grey.T if transpose else grey
-  grey = grey[::-1] if flip_rows else grey
-  return np.ascontiguousarray(grey[:, ::-1] if flip_columns else grey)
+  planes = planes.swapaxes(1, 2) if transpose else planes
+  planes = planes[:, ::-1] if flip_rows else planes
+  return np.ascontiguousarray(planes[:, :, ::-1] if flip_columns else planes)
 
 
 def borders(looks_THW: np.ndarray) -> tuple[int, int, int, int]:
-  """(top, bottom, left, right) of what lies within plain borders that never change, in pixels."""
+  """(top, bottom, left, right) of what lies within dark, plain borders that never change, in pixels.
+
+  A wall or a sky is plain as well. Only what is as dark as bars are is cut away, and only where the picture begins
+  along a good part of the side at once: an object before a black ground does not.
+  """
   spans = []
-  for axes in ((0, 2), (0, 1)):
-    low, high = np.percentile(looks_THW, (2, 98), axis=axes)
-    plain = high - low <= _PLAIN
-    most = int(len(plain) * _WIDEST)
-    first = next((k for k in range(most) if not plain[k]), most)
-    last = next((k for k in range(most) if not plain[::-1][k]), most)
+  for sides in (looks_THW.transpose(1, 0, 2), looks_THW.transpose(2, 0, 1)):
+    low, high = np.percentile(sides, (2, 98), axis=(1, 2))
+    first, last = _bar(low, high, sides), _bar(low[::-1], high[::-1], sides[::-1])
     # The row beside a border is a mixture of both.
-    spans += [first + (first > 0), len(plain) - last - (last > 0)]
+    spans += [first + (first > 0), len(low) - last - (last > 0)]
   return spans[0], spans[1], spans[2], spans[3]
+
+
+def _bar(low: np.ndarray, high: np.ndarray, rows_HTW: np.ndarray) -> int:
+  """Rows of a bar that begins at row 0, given the range of levels of every row."""
+  level = (low + high) / 2
+  most = int(len(low) * _WIDEST)
+  inside = (high - low <= _PLAIN) & (np.abs(level - level[0]) <= _PLAIN / 2)
+  rows = next((k for k in range(most) if not inside[k]), most)
+  begins = float((rows_HTW[rows + 1] > level[0] + _PLAIN).mean())
+  return rows if level[0] <= _DARK and begins >= _BEGINS else 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +177,8 @@ def match(a: Signature, b: Signature) -> Match:
   """The best agreement of two signatures over shifts in time, then over crops and mirror images."""
   plain, shift, overlap = _best_shift(a.units[None], b.units[None], a.flat, b.flat)[1:]
   if plain >= ALIKE:
-    return Match(plain, shift, overlap, _same_changes(a.units, b.units, shift, overlap))
+    same = _same_colours(a, b, shift, overlap, False) and _same_changes(a.units, b.units, shift, overlap, _SAME_CHANGES)
+    return Match(plain, shift, overlap, same)
   mirrored = _best_shift((a.units * mirror())[None], b.units[None], a.flat, b.flat)
   if max(plain, mirrored[1]) < _HOPELESS:
     return Match(plain, shift, overlap, False)
@@ -170,7 +196,10 @@ def match(a: Signature, b: Signature) -> Match:
   else:
     second = _mapped(maps[which : which + 1], second)[0]
   good = similarity >= (ALIKE if which == 0 else ALIKE_CROPPED)
-  return Match(similarity, shift, overlap, good and _same_changes(first, second, shift, overlap))
+  least = _SAME_CHANGES if which == 0 else _SAME_CHANGES_CROPPED
+  good = good and _same_colours(a, b, shift, overlap, flipped)
+  good = good and _same_changes(first, second, shift, overlap, least)
+  return Match(similarity, shift, overlap, good)
 
 
 def _best_shift(a_NTD: np.ndarray, b_MTD: np.ndarray, a_flat: np.ndarray, b_flat: np.ndarray):
@@ -192,7 +221,7 @@ def _best_shift(a_NTD: np.ndarray, b_MTD: np.ndarray, a_flat: np.ndarray, b_flat
   return best
 
 
-def _same_changes(a: np.ndarray, b: np.ndarray, shift: int, overlap: int) -> bool:
+def _same_changes(a: np.ndarray, b: np.ndarray, shift: int, overlap: int, least: float) -> bool:
   """Whether what moves in one clip moves in the other: two moments before one still camera are no copies."""
   start = max(0, -shift)
   first, second = a[start : start + overlap], b[start + shift : start + shift + overlap]
@@ -200,7 +229,18 @@ def _same_changes(a: np.ndarray, b: np.ndarray, shift: int, overlap: int) -> boo
   energy = float((first**2).sum()), float((second**2).sum())
   if min(energy) / max(overlap, 1) < _STILL:
     return True
-  return float((first * second).sum()) / float(np.sqrt(energy[0] * energy[1])) >= _SAME_CHANGES
+  return float((first * second).sum()) / float(np.sqrt(energy[0] * energy[1])) >= least
+
+
+def _same_colours(a: Signature, b: Signature, shift: int, overlap: int, flipped: bool) -> bool:
+  """Whether colours agree where both have some: a grey copy passes, another scene of the same shapes does not."""
+  start = max(0, -shift)
+  first = a.colours[start : start + overlap].mean(0, dtype=np.float64)
+  second = b.colours[start + shift : start + shift + overlap].mean(0, dtype=np.float64)
+  if flipped:
+    first = first * np.tile(np.where(np.arange(_HUES) % 2, -1.0, 1.0), 2 * _HUES)
+  sizes = float(np.linalg.norm(first)), float(np.linalg.norm(second))
+  return min(sizes) < _COLOURFUL or float(first @ second) / (sizes[0] * sizes[1]) >= _SAME_COLOURS
 
 
 def _units(vectors: np.ndarray) -> np.ndarray:
