@@ -116,6 +116,16 @@ def test_each_hop_of_the_ring_carries_the_tokens_of_one_device(steps: dict[str, 
   assert set(whole) <= {("f32", (tpu_step.ROWS // fsdp, tpu_step.TOKENS, 64))}
 
 
+def test_ulysses_sends_what_one_device_holds_four_times_forward_and_four_times_back(steps: dict[str, dict]) -> None:
+  """And four times more where the block is computed again."""
+  _, fsdp, ways, _ = tpu_step.CASES["ulysses"].mesh
+  found = of(steps["ulysses"], "all-to-all", "context", loops=True)
+  assert [one["bytes"] for one in found] == 12 * [2 * tpu_step.ROWS // fsdp * tpu_step.TOKENS // ways * WIDTH]
+  assert {dtype for dtype, _ in arrays(found)} == {"bf16"}
+  inside = [one for one in steps["ulysses"]["collectives"] if one["loops"] and "context" in one["axes"]]
+  assert {one["kind"] for one in inside} == {"all-to-all", "all-reduce"}
+
+
 def test_between_slices_only_the_scattered_gradients_travel(steps: dict[str, dict]) -> None:
   crossing = [one for one in steps["slices"]["collectives"] if "replica" in one["axes"]]
   assert {(one["kind"], tuple(one["axes"])) for one in crossing} == {("all-reduce", ("replica",))}

@@ -49,6 +49,7 @@ class Case:
 CASES = {
   "fsdp": Case((1, 4, 1, 2)),
   "ring": Case((1, 2, 4, 1), changes=(("attention.context", "ring"),)),
+  "ulysses": Case((1, 2, 4, 1), changes=(("attention.context", "ulysses"),)),
   "slices": Case((2, 4, 1, 1), "v5p:2x2x1", slices=2, changes=(("optimizer.offload", True),)),
 }
 
