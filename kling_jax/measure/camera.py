@@ -25,7 +25,7 @@ ITERATIONS = 12
 TUKEY = 4.7  # of the residuals' deviation: full efficiency for normal residuals
 LEAST_SCALE = 0.05  # pixels; residuals below are no sign of another motion
 LABELS = ("static", "pan", "tilt", "zoom", "roll", "handheld", "shake")
-STILL, STRONG_SHAKE = 0.01, 0.08  # diagonals per second
+MOVES, TREMBLES, SHAKES = 0.006, 0.01, 0.08  # least diagonals per second of a label
 MEAN_RADIUS = 0.29  # of a 16:9 frame's points from its middle, in diagonals
 
 
@@ -154,8 +154,8 @@ def label(scores: Mapping[str, float]) -> str:
   }
   name, steady = max(parts.items(), key=lambda part: part[1])
   shake = scores.get("camera_shake", 0.0)
-  if shake > max(STRONG_SHAKE, steady):
+  if shake > max(SHAKES, steady):
     return "shake"
-  if shake > max(STILL, steady):
+  if shake > max(TREMBLES, steady):
     return "handheld"
-  return name if steady > STILL else "static"
+  return name if steady > MOVES else "static"

@@ -24,6 +24,7 @@ from kling_jax.measure.sample import Sample
 from kling_jax.models.clip_image import DEVIATION, MEAN, ClipImageTower
 from kling_jax.nn import params as params_lib
 
+NAME = "laion"
 FRAMES = 3  # of a clip: first, middle and last place
 
 
@@ -35,18 +36,18 @@ def scorer(source: str | os.PathLike[str]) -> Scorer:
   Raises:
     WeightsError: no weights there, or not of CLIP's image tower with a linear head for its vectors.
   """
-  rate, name, version = predictor(source)
+  rate, version = predictor(source)
 
   def measure(sample: Sample) -> dict[str, float]:
     places = sample.places
     picks = np.unique(np.linspace(0, len(places) - 1, min(FRAMES, len(places))).round().astype(int))
     return {"aesthetic": float(rate(sample.frames_THWC[[places[k] for k in picks]]).mean())}
 
-  return Scorer(name, version, ("aesthetic",), measure)
+  return Scorer(NAME, version, ("aesthetic",), measure)
 
 
-def predictor(source: str | os.PathLike[str]) -> tuple[Callable[[np.ndarray], np.ndarray], str, str]:
-  """(uint8 RGB frames (B, H, W, 3) -> ratings (B,), the scorer's name, its version); see `scorer`."""
+def predictor(source: str | os.PathLike[str]) -> tuple[Callable[[np.ndarray], np.ndarray], str]:
+  """(uint8 RGB frames (B, H, W, 3) -> ratings (B,), the version); see `scorer`."""
   tensors = safetensors.Tensors(source)
   shape, recipes = clip.tower(tensors)
   weight_D, bias = head(tensors)
@@ -66,7 +67,7 @@ def predictor(source: str | os.PathLike[str]) -> tuple[Callable[[np.ndarray], np
     images = np.stack([prepared(frame, shape.image) for frame in frames_BHWC])
     return np.asarray(rated(loaded, images))
 
-  return rate, f"laion-linear+clip-vit-{shape.width}x{shape.depth}/{shape.patch}", _hash(pathlib.Path(source))
+  return rate, _hash(pathlib.Path(source))
 
 
 def head(tensors: Mapping[str, np.ndarray]) -> tuple[np.ndarray, float]:
