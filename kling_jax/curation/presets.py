@@ -10,7 +10,7 @@ from kling_jax.curation.rules import Rule
 from kling_jax.errors import UsageError, nearest
 
 _SCORE = "run `kling score --input SET --scorers presets`"
-_AESTHETIC = "give `kling score` the LAION head's weights"
+_AESTHETIC = "run `kling score --input SET --scorers aesthetic --aesthetic_weights FILE` with LAION's head"
 _LAION = (("aesthetic", ("laion", "table")),)
 _VTSS = "score the set with a suitability model, or read Koala-36M's own table"
 _RELEASED = "it is about the columns of Koala-36M's released table"
