@@ -14,7 +14,7 @@ from kling_jax import errors
 
 SUFFIXES = (".csv", ".jsonl", ".parquet")
 _CSV = pa.csv.ParseOptions(newlines_in_values=True)
-_READ = pa.csv.ReadOptions(block_size=8 * 2**20)
+_READ = pa.csv.ReadOptions(block_size=4 * 2**20, use_threads=False)  # its threads read far ahead of us
 
 
 def read_table(path: str | os.PathLike[str], strings: Iterable[str] = ("file", "caption")) -> pa.Table:
