@@ -16,8 +16,10 @@ import cv2
 import loopback
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from kling_jax import cli, web
+from kling_jax import chat, cli, web
 from kling_jax.curation import caption, caption_facts, caption_server
 from kling_jax.curation.caption_journal import Journal
 from kling_jax.data import encode, record, records, verify
@@ -329,6 +331,24 @@ def test_a_killed_run_goes_on_and_asks_nothing_twice(clips, serve) -> None:
   assert summary["prompt_tokens"] == 500 + sum(counted)
   assert summary["dollars"] == pytest.approx((summary["prompt_tokens"] * 1000 + sum(counted) * 1e6) / 1e6)
   assert verify.verify(clips).ok
+
+
+JSON = st.recursive(
+  st.none() | st.booleans() | st.floats() | st.text(max_size=9),
+  lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from([*PARTS, "x"]), inner, max_size=7),
+  max_leaves=12,
+)
+
+
+@given(st.text(max_size=60) | JSON.map(json.dumps) | st.fixed_dictionaries(dict.fromkeys(PARTS, JSON)).map(json.dumps))
+def test_any_answer_is_six_clean_parts_or_refused(text: str) -> None:
+  try:
+    parts, ignored = caption_server.parse(chat.Reply(text))
+  except chat.BadReplyError:
+    return
+  held = json.loads(text.strip().removeprefix("```json").strip("`"))
+  assert list(parts) == list(record.CAPTION_FIELDS) and any(parts.values()) and ignored == len(held) - 6
+  assert all(isinstance(held[name], str) and parts[name] == parts[name].strip() for name in parts)
 
 
 def test_a_damaged_journal_is_named(tmp_path: pathlib.Path) -> None:

@@ -186,6 +186,13 @@ def test_tars_of_others_are_read_by_key(media, tmp_path) -> None:
   assert float(source.frames(1, np.array([0.0]), 8, 8).mean()) == pytest.approx(40, abs=2)
 
 
+def test_tars_beside_videos_are_ambiguous(media, tmp_path) -> None:
+  tar(tmp_path / "a.tar", {"0.mp4": media[0]})
+  (tmp_path / "b.mp4").write_bytes(media[0])
+  with pytest.raises(DataError, match=r"holds tars \(a\.tar\) and videos .*b\.mp4"):
+    sources.open_source(tmp_path)
+
+
 def special(name: str, kind: bytes, target: str = "") -> tuple[tarfile.TarInfo, bytes]:
   info = tarfile.TarInfo(name)
   info.type, info.linkname = kind, target

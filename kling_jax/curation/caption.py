@@ -13,6 +13,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
+import pyarrow as pa
+
 from kling_jax import chat, errors, files, progress, web
 from kling_jax.curation.caption_facts import Facts
 from kling_jax.curation.caption_journal import Journal
@@ -180,7 +182,7 @@ def run(
   summary = Summary(clips=len(source), tokenizer=counter.name)
   said: dict[str, Caption] = {}
   try:
-    todo = [index for index in range(len(source)) if _wanted(source, index, options)]
+    todo = _wanted(source, clip_table.Index.load(path).table if is_set else None, options)
     summary.skipped = len(source) - len(todo)
     for index, caption, failure in _captions(source, todo, captioners, options, pace):
       info = source.info(index)
@@ -237,12 +239,13 @@ def _captioners(options: Options, journals: pathlib.Path | None, pace: web.Pace)
   return made
 
 
-def _wanted(source: ClipSource, index: int, options: Options) -> bool:
-  if isinstance(source, records.RecordSource):
-    clip = source.record(index)
-    if clip.status == "dropped" and not options.dropped:
-      return False
-  return options.again or not source.info(index).caption
+def _wanted(source: ClipSource, table: pa.Table | None, options: Options) -> list[int]:
+  """The clips that are to be captioned; `table` is that of a set, whose rows `source` gives in order."""
+  if table is None:
+    return [index for index in range(len(source)) if options.again or not source.info(index).caption]
+  rows = zip(table["status"].to_pylist(), table["caption"].to_pylist(), strict=True)
+  wanted = ((status == "kept" or options.dropped) and (options.again or not caption) for status, caption in rows)
+  return [index for index, asked in enumerate(wanted) if asked]
 
 
 def _captions(

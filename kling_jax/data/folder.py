@@ -144,12 +144,18 @@ def find_videos(top: str | os.PathLike[str]) -> list[str]:
   top = os.fspath(top)
   if not os.path.isdir(top):
     raise errors.DataError(f"{top!r} is no folder; name one that holds video files")
+  found = videos_below(top)
+  if not found:
+    raise errors.DataError(f"folder {top!r} holds no video file; known suffixes: {' '.join(SUFFIXES)}")
+  return found
+
+
+def videos_below(top: str | os.PathLike[str]) -> list[str]:
+  """`find_videos`, [] where there are none."""
   found = []
   for folder, subfolders, names in os.walk(top, onerror=_raise):
     subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
     found += [os.path.join(folder, n) for n in names if not n.startswith(".") and _suffix(n) in SUFFIXES]
-  if not found:
-    raise errors.DataError(f"folder {top!r} holds no video file; known suffixes: {' '.join(SUFFIXES)}")
   return sorted(found, key=lambda path: os.path.relpath(path, top).split(os.sep))
 
 

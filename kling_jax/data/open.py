@@ -57,7 +57,7 @@ def _path(name: str, options: dict[str, typing.Any]) -> ClipSource:
     if any(any(path.glob(f"{below}features.json")) for below in ("", "*/", "*/*/")):
       return _tfds(path, options)
     if any(path.glob("*.tar")):
-      return _webdataset(path, options)
+      return _webdataset(path, options)  # it refuses folders that hold videos, too
     from kling_jax.data.folder import FolderSource
 
     return FolderSource(path, **options)

@@ -108,10 +108,17 @@ class Sample:
 
 
 def find_tars(path: str | os.PathLike[str]) -> list[str]:
-  """The tars at `path`: itself, or those in the folder, by name; [] where there are none."""
+  """The tars at `path`: itself, or those in the folder, by name; [] where there are none.
+
+  Raises:
+    DataError: the folder holds tars and videos, and nobody can know which are meant.
+  """
   path = pathlib.Path(path)
   if path.is_dir():
-    return sorted(str(found) for found in path.glob(f"*{SUFFIX}") if not found.name.startswith("."))
+    tars = sorted(str(found) for found in path.glob(f"*{SUFFIX}") if not found.name.startswith("."))
+    if tars and (videos := folder.videos_below(path)):
+      raise errors.DataError(f"{path} holds tars ({os.path.basename(tars[0])}) and videos ({videos[0]}); part them")
+    return tars
   return [str(path)] if path.suffix.lower() == SUFFIX and path.is_file() else []
 
 
