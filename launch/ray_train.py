@@ -4,7 +4,7 @@
 
 What stands behind -- goes to `kling train` on every host. The place of process 0 and the number of each process are
 Ray's; they reach the processes as JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. Variables that begin
-with JAX_, XLA_ or LIBTPU_ are passed on. SIGTERM or Ctrl-C lets the job save and leave; `ray job stop` sends SIGTERM and
+with JAX_, XLA_ or LIBTPU_ are passed on. SIGTERM or Ctrl-C lets the job save and leave; `ray job stop` sends it and
 kills after RAY_JOB_STOP_WAIT_TIME_S (3 s), so raise that. A job that lost a process ends as a whole, with exit code 1;
 started again, it goes on from its last checkpoint.
 """
