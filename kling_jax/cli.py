@@ -227,7 +227,8 @@ def _select(args: argparse.Namespace) -> int:
 
 
 def _add_dedup(parser: Parser) -> None:
-  parser.add_argument("--input", required=True, help="clip set")
+  parser.add_argument("--input", required=True, nargs="+", metavar="SET_OR_FILES",
+                      help="clip set; or video files and folders, whose groups are told")  # fmt: skip
   parser.add_argument("--against", action="append", default=[], metavar="SET", help="another set whose clips stay")
   parser.add_argument("--embeddings", metavar="FILE", help=".npy (a row a clip), or a table: clip_id, embedding")
   parser.add_argument("--least_embedding", type=float, default=0.95, help="cosine of copies (default: 0.95)")
@@ -252,6 +253,9 @@ def _dedup(args: argparse.Namespace) -> int:
     kinds = ", ".join(f"{count} {kind}" for kind, count in found["pairs"].items()) or "no"
     verb = "would go" if args.what_if else "dropped"
     print(f"{found['clips']} clips: {kinds} pairs, {found['groups']} groups, {found['dropped']} clips {verb}")
+    if args.what_if or not found["dropped"]:
+      for group in found["largest"]:
+        print("  " + "  ".join(group))
     print(f"copies are: {found['stated']}")
   return 0
 

@@ -113,6 +113,13 @@ def test_signatures_survive_bytes_and_flat_frames_say_nothing():
   assert not signature.match(black, black).copy and len(black.distinct()) == 0
 
 
+def test_a_signature_has_four_frames_a_second_whatever_the_rate():
+  for rate, count in ((1.0, 5), (2.0, 5), (12.0, 30), (30.0, 75), (8.0, 1)):
+    frames = [np.full((32, 32, 3), 50 + k, np.uint8) for k in range(count)]
+    media = encode.encode(frames, fps=rate)
+    assert abs(len(signature.of_media(media)) - max(1, count / rate / signature.STEP_S)) <= 1, rate
+
+
 def test_two_moments_before_a_still_camera_are_no_copies():
   rng = np.random.default_rng(0)
   scene = cv2.resize(rng.integers(0, 255, (12, 12), np.uint8), (96, 96), interpolation=cv2.INTER_CUBIC)
@@ -280,3 +287,13 @@ def test_moments_of_one_video_are_no_copies_of_each_other(media, tmp_path):
     for k, name in enumerate(("film0", "mirror")):
       writer.write(ClipRecord(name, "v", "s", 20 * k, 20 * k + 20, "1/8", FPS, 128, 96, 20, index=k), media[name])
   assert len(dedup.dedup(tmp_path, workers=1)) == 0
+
+
+def test_loose_videos_are_grouped(media, tmp_path, capsys):
+  for name, data in media.items():
+    (tmp_path / f"{name}.mp4").write_bytes(data)
+  assert cli.main(["dedup", "--input", str(tmp_path), "--workers", "1", "--json"]) == 0
+  groups = json.loads(capsys.readouterr().out)["largest"]
+  assert [sorted(pathlib.Path(path).stem for path in group) for group in groups] == [["film0", "mirror", "worse"]]
+  assert cli.main(["dedup", "--input", str(tmp_path), "--against", "x"]) == 2
+  assert cli.main(["dedup", "--input", str(tmp_path / "none.mp4")]) == 1

@@ -6,7 +6,6 @@ another one, is not decoded again. What is found lies in duplicates.parquet; `se
 
 import base64
 import dataclasses
-import hashlib
 import os
 import pathlib
 from collections.abc import Sequence
@@ -18,10 +17,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kling_jax import files, progress
-from kling_jax.curation import duplicates, engine, neighbours, select, signature
+from kling_jax.curation import duplicates, engine, neighbours, rules, select, signature
 from kling_jax.curation.duplicates import PREFER, Pairs
 from kling_jax.curation.signature import Signature
 from kling_jax.data import clip_table, columns, reasons, record
+from kling_jax.data import folder as folder_lib
 from kling_jax.errors import DataError, UsageError
 
 CACHE = pathlib.PurePath("cache", "signatures", f"{signature.NAME}-{signature.VERSION}.parquet")
@@ -29,6 +29,7 @@ WORK = "kling_jax.curation.dedup:work"
 BATCH = 16  # clips of a job
 NEAR_FRAME = 0.6  # cosine of two frames from which their clips are compared
 NEAR_EMBEDDING = 0.95
+STATED = f"equal media, or {signature.NAME} {signature.VERSION} >= {signature.ALIKE:g}"
 _TWINS = 20  # clips of equal media of which all pairs are listed
 
 
@@ -80,12 +81,11 @@ def dedup(
   others = [load(other, workers, kept=True) for other in against]
   if len({other.name for other in (*others, clips)}) <= len(others):
     raise UsageError("the sets must be different and have different names; rename a folder")
-  rows = _exact(clips, clips)
-  rows += _near(clips, clips, rows)
+  rows = _within(clips)
   for other in others:
     found = _exact(clips, other)
     rows += found + _near(clips, other, found)
-  stated = f"equal media, or {signature.NAME} {signature.VERSION} >= {signature.ALIKE:g}"
+  stated = STATED
   if embeddings is not None:
     known = {frozenset((row["clip_id"], row["other"])) for row in rows}
     found = _close(clips, _embeddings(embeddings, clips.ids), least_embedding)
@@ -93,6 +93,28 @@ def dedup(
     stated += f", or embeddings >= {least_embedding:g}"
   stated += f"; the best by {', '.join(prefer)} stays"
   return Pairs(pa.Table.from_pylist(rows, duplicates.SCHEMA), stated, tuple(prefer))
+
+
+def of_files(paths: Sequence[str], workers: int | None = None) -> Pairs:
+  """The duplicates among loose videos; their paths are their names. What does not decode is only compared by hash.
+
+  Raises:
+    DataError: a path is no file.
+  """
+  lacking = next((path for path in paths if not os.path.isfile(path)), None)
+  if lacking is not None:
+    raise DataError(f"{lacking}: there is no such file")
+  cache = _work_all([{"path": path} for path in paths], {}, workers)
+  digests = [cache[path][0] for path in paths]
+  signatures = [Signature.from_bytes(cache[path][1]) if cache[path][1] else None for path in paths]
+  whole = np.zeros(len(paths)), np.zeros(len(paths))
+  clips = Clips(list(paths), digests, signatures, list(paths), *whole, "")
+  return Pairs(pa.Table.from_pylist(_within(clips), duplicates.SCHEMA), STATED)
+
+
+def _within(clips: Clips) -> list[dict[str, Any]]:
+  rows = _exact(clips, clips)
+  return rows + _near(clips, clips, rows)
 
 
 # ---- signatures ------------------------------------------------------------------------------------------------------
@@ -122,15 +144,20 @@ def load(folder: str | os.PathLike[str], workers: int | None = None, kept: bool 
 
 
 def _take(folder: pathlib.Path, rows: list[dict[str, Any]], workers: int | None) -> dict[str, tuple[str, bytes]]:
-  rows = sorted(rows, key=lambda row: (row["shard"], row["position"]))
-  batches = [rows[k : k + BATCH] for k in range(0, len(rows), BATCH)]
-  jobs: list[dict[str, Any]] = [{"folder": str(folder), "rows": batch} for batch in batches]
+  return _work_all(sorted(rows, key=lambda row: (row["shard"], row["position"])), {"folder": str(folder)}, workers)
+
+
+def _work_all(rows: list[dict[str, Any]], shared: dict[str, Any], workers: int | None) -> dict[str, tuple[str, bytes]]:
+  """{name: (digest, signature)} of clips or files, taken in processes."""
+  size = BATCH if shared else 1
+  batches = [rows[k : k + size] for k in range(0, len(rows), size)]
+  jobs: list[dict[str, Any]] = [shared | {"rows": batch} for batch in batches]
   found: dict[str, tuple[str, bytes]] = {}
   with progress.bar("signatures", len(rows)) as line:
     for index, answer in engine.run(WORK, jobs, workers):
       if isinstance(answer, engine.Failure):
-        names = ", ".join(row["clip_id"][:12] for row in batches[index][:4])
-        raise DataError(f"{folder}: the signatures of {names}, ... could not be taken: {answer.detail}")
+        first = next(iter(batches[index][0].values()))
+        raise DataError(f"the signatures of {first!r} and {len(batches[index]) - 1} others failed: {answer.detail}")
       for name, digest, data in answer["signatures"]:
         found[name] = (digest, base64.b64decode(data))
       line.advance(len(batches[index]))
@@ -138,20 +165,26 @@ def _take(folder: pathlib.Path, rows: list[dict[str, Any]], workers: int | None)
 
 
 def work(job: dict[str, Any]) -> dict[str, Any]:
-  """Takes the signatures of some clips: {folder, rows: [{clip_id, shard, position}]} -> {signatures: [...]}.
+  """Takes signatures of clips {folder, rows: [{clip_id, shard, position}]} or of files {rows: [{path}]}.
 
-  A signature is [clip_id, SHA-256 of the media, base64]; the last is empty where the media does not decode.
+  Returns:
+    {signatures: [[clip_id or path, SHA-256 of the media, base64]]}; the last is empty where the media does not decode.
   """
   cv2.setNumThreads(1)
   found = []
   for row in job["rows"]:
-    path = pathlib.Path(job["folder"]) / clip_table.RECORDS / row["shard"]
-    _, media = record.unpack(clip_table.read_record(clip_table.open_reader(path), path, row["position"]))
+    media: bytes | str
+    if "path" in row:
+      name, media = row["path"], row["path"]
+    else:
+      path = pathlib.Path(job["folder"]) / clip_table.RECORDS / row["shard"]
+      _, media = record.unpack(clip_table.read_record(clip_table.open_reader(path), path, row["position"]))
+      name = row["clip_id"]
     try:
       data = signature.of_media(media).to_bytes()
     except reasons.MediaError:  # `kling data verify` is about such clips; equal media are still found
       data = b""
-    found.append([row["clip_id"], hashlib.sha256(media).hexdigest(), base64.b64encode(data).decode("ascii")])
+    found.append([name, record.content_hash(media), base64.b64encode(data).decode("ascii")])
   return {"signatures": found}
 
 
@@ -276,12 +309,21 @@ def _close(clips: Clips, vectors: np.ndarray, least: float) -> list[dict[str, An
 # ---- the verb --------------------------------------------------------------------------------------------------------
 
 
-def run(folder: str, what_if: bool = False, **options: Any) -> dict[str, Any]:
-  """Finds duplicates and, unless `what_if`, saves them and selects the set with its rules.
+def run(source: Sequence[str], what_if: bool = False, **options: Any) -> dict[str, Any]:
+  """Finds duplicates of a set and, unless `what_if`, saves them and selects the set with its rules.
+
+  Args:
+    source: one clip set; or video files and folders of them, whose groups are only told.
 
   Returns:
-    {clips, pairs: {kind: count}, groups, largest, dropped, stated}.
+    {clips, pairs: {kind: count}, groups, largest, dropped, stated}; largest holds all groups of loose videos.
   """
+  if not (len(source) == 1 and (pathlib.Path(source[0]) / clip_table.TABLE).exists()):
+    if options["against"] or options["embeddings"]:
+      raise UsageError("--against and --embeddings belong to a clip set, and --input names videos")
+    paths = [path for name in source for path in (folder_lib.find_videos(name) if os.path.isdir(name) else [name])]
+    return _answer(of_files(list(dict.fromkeys(paths)), options["workers"]), paths, 0, len(paths))
+  folder = source[0]
   pairs = dedup(folder, **options)
   held = select.stored(folder)
   chosen, seed = held or (select.DEFAULT_RULES, 0)
@@ -290,10 +332,14 @@ def run(folder: str, what_if: bool = False, **options: Any) -> dict[str, Any]:
   else:
     pairs.save(folder)
     selection = select.select(folder, chosen, seed, strict=False)
-  groups = pairs.clusters(selection.ids)
+  dropped = next((step.dropped for step in selection.steps if step.name == rules.DUPLICATE), 0)
+  return _answer(pairs, selection.ids, dropped, 10)
+
+
+def _answer(pairs: Pairs, ids: list[str], dropped: int, most: int) -> dict[str, Any]:
+  groups = pairs.clusters(ids)
   kinds = pairs.table["kind"].to_pylist()
-  dropped = next((step.dropped for step in selection.steps if step.name == "duplicate"), 0)
   return {
-    "clips": len(selection.ids), "pairs": {kind: kinds.count(kind) for kind in sorted(set(kinds))},
-    "groups": len(groups), "largest": groups[:10], "dropped": dropped, "stated": pairs.stated,
+    "clips": len(ids), "pairs": {kind: kinds.count(kind) for kind in sorted(set(kinds))}, "groups": len(groups),
+    "largest": groups[:most], "dropped": dropped, "stated": pairs.stated,
   }  # fmt: skip

@@ -12,16 +12,19 @@ within 10 %, pictures in pictures that are not on a dark ground, frames without 
 """
 
 import dataclasses
+import fractions
 import functools
 import itertools
+import math
 import pathlib
+from collections.abc import Iterator
 
 import av
 import cv2
 import numpy as np
 from av.video.reformatter import Interpolation
 
-from kling_jax.data import container, decode, picture
+from kling_jax.data import container, decode, picture, reasons
 
 NAME, VERSION = "dct8", "1"
 STEP_S = 0.25  # between frames of a signature
@@ -31,6 +34,8 @@ _LOOK, _RASTER = 96, 32  # pixels a side: for borders, and for the transform
 # A border's spread of grey levels, its largest level, its largest share of a side; the part of a side at which the
 # picture must begin beside it.
 _PLAIN, _DARK, _WIDEST, _BEGINS = 12.0, 60.0, 0.35, 0.3
+_LONGEST = 40  # steps that one frame may last: ten seconds
+_MINUTE = 240  # frames that tell the borders of a film
 _FLAT = 2.5  # standard deviation in grey levels below which a frame says nothing
 _LEAST = 4  # frames that must overlap: a second
 _CROPS = ((0.0, 1.0), (0.06, 0.94), (0.12, 0.88), (0.0, 0.88), (0.12, 1.0))  # spans of a side that a crop leaves
@@ -88,24 +93,53 @@ def of_media(media: bytes | str | pathlib.Path, limits: container.Limits = decod
   Raises:
     MediaError: nothing in it can be decoded.
   """
+  parts: list[Signature] = []
   looks: list[np.ndarray] = []
-  with decode.Cursor(media, limits) as cursor:
-    start = cursor.pts
-    tick = float(cursor.video.time_base)
-    last, shown = start, cursor.shown_at(start)
-    while True:  # the frame shown in the middle of each step
-      target = start + round((len(looks) + 0.5) * STEP_S / tick)
-      shown = cursor.shown_at(target)
-      if looks and target > cursor.pts + round(STEP_S / tick) and cursor.pts == last:
-        break
-      looks.append(_look(shown))
-      last = cursor.pts
-  return of_frames(np.stack(looks))
+  inner: tuple[int, int, int, int] | None = None
+  for look in _looks(media, limits):
+    looks.append(look)
+    if len(looks) == _MINUTE:  # a film is not held whole
+      inner = inner or borders(np.stack(looks)[:, 0])
+      parts.append(of_frames(np.stack(looks), inner))
+      looks.clear()
+  if looks:
+    parts.append(of_frames(np.stack(looks), inner))
+  fields = ([getattr(part, name) for part in parts] for name in ("vectors", "flat", "colours"))
+  return Signature(*(np.concatenate(field) for field in fields))
 
 
-def of_frames(looks_TCHW: np.ndarray) -> Signature:
-  """The signature of frames uint8 (T, 3, 96, 96), STEP_S apart: grey, blue and red difference."""
-  top, bottom, left, right = borders(looks_TCHW[:, 0])
+def _looks(media: bytes | str | pathlib.Path, limits: container.Limits) -> Iterator[np.ndarray]:
+  """The frames shown in the middle of each step, (3, 96, 96)."""
+  with container.open_video(media, limits) as video:
+    step = STEP_S / video.time_base
+    start, count, shown = 0, 0, None
+    for pts, frame in video.frames():
+      if shown is None:
+        start = pts
+      else:
+        yield from (_look(shown) for _ in range(min(_steps(pts - start, step) - count, _LONGEST)))
+        count = _steps(pts - start, step)
+      shown, last = frame, pts
+    if shown is None:
+      detail = "; ".join(video.damage)
+      reason: reasons.Reason = "decode_error" if detail else "zero_frames"
+      raise reasons.MediaError(video.source, reason, detail or "no frame in the file")
+    rest = _steps(last + video.duration(shown) - start, step) - count
+    yield from (_look(shown) for _ in range(min(max(rest, int(count == 0)), _LONGEST)))
+
+
+def _steps(ticks: int, step: fractions.Fraction | float) -> int:
+  """How many middles of steps lie before a time."""
+  return max(0, math.ceil(ticks / step - 0.5))
+
+
+def of_frames(looks_TCHW: np.ndarray, inner: tuple[int, int, int, int] | None = None) -> Signature:
+  """The signature of frames uint8 (T, 3, 96, 96), STEP_S apart: grey, blue and red difference.
+
+  Args:
+    inner: what lies within borders; None: `borders` of these frames.
+  """
+  top, bottom, left, right = inner or borders(looks_TCHW[:, 0])
   vectors, flat, colours = [], [], []
   basis = _basis()
   for look in looks_TCHW[:, :, top:bottom, left:right]:
