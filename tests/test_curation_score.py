@@ -2,6 +2,11 @@
 
 import dataclasses
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -155,3 +160,30 @@ def test_the_table_shows_the_new_scores(clip_set):
   table = clip_table.Index.load(clip_set).table
   assert all(value is not None for value in table["motion_score"].to_pylist())
   assert record.fingerprint(table["clip_id"].to_pylist()) == records.RecordSource(clip_set).fingerprint
+
+
+@pytest.mark.drill
+def test_a_killed_run_of_the_command_ends_with_the_set_of_an_unbroken_one(tmp_path, films):
+  folders = [tmp_path / name for name in ("unbroken", "killed")]
+  for folder in folders:
+    with records.RecordWriter(folder, "test") as writer:
+      for index in range(24):
+        clip = ClipRecord(
+          clip_id=f"{index:032x}", video_id=f"v{index}", source="x", start_pts=0, end_pts=12, time_base="1/12",
+          fps=12.0, width=96, height=64, num_frames=12,
+        )  # fmt: skip
+        writer.write(clip, films[index % 3])
+  run = lambda folder: [sys.executable, "-m", "kling_jax", "score", "--input", str(folder), "--workers", "2"]
+  subprocess.run(run(folders[0]), check=True, stdout=subprocess.DEVNULL)
+  for least in (2, 9):  # lines of the journal at the kill
+    process = subprocess.Popen(run(folders[1]), start_new_session=True, stdout=subprocess.DEVNULL)
+    journal = folders[1] / JOURNAL
+    while process.poll() is None and not (journal.exists() and journal.read_text().count("\n") >= least):
+      time.sleep(0.01)
+    assert process.poll() is None, "the run ended before the kill"
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert all(not clip.scores for clip, _ in clips(folders[1]))  # the set changes at the end, at once
+  subprocess.run(run(folders[1]), check=True, stdout=subprocess.DEVNULL)
+  assert clips(folders[1]) == clips(folders[0])
+  assert not (folders[1] / JOURNAL).exists()

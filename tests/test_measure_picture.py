@@ -221,7 +221,7 @@ def test_a_sample_of_a_file_is_what_asking_for_its_times_gives(media):
   from kling_jax.data import decode
 
   seen = sample.of_media(media)
-  assert len(seen.pairs) == len(seen.triples) == len(seen.luma) == len(seen.crops) == 8
+  assert len(seen.pairs) == len(seen.luma) == 8 and len(seen.triples) == len(seen.later) == len(seen.crops) == 4
   np.testing.assert_array_equal(seen.frames_THWC, decode.frames_at(media, seen.times_s, 240, 320))
   times = measure.sample_times(40 / 12, 12)
   np.testing.assert_allclose(seen.looks[1], times)

@@ -1,7 +1,7 @@
 """Signs of damage in the pixels of the media: sharpness, blur, noise, blockiness; read from native luma, no resizing.
 
 Resizing would destroy what they look for, so they depend on the resolution of the media and say so in their units.
-Median over the places of a clip.
+Median over every other place of a clip.
 """
 
 import cv2

@@ -1,6 +1,7 @@
 """What scorers see of a clip: a few frames, native luma, thumbnails of consecutive frames, motion vectors; one decode.
 
-A clip is looked at in eight places spread over it, in each at three frames about 0.1 s apart. Clips of up to 20 s are
+A clip is looked at in eight places spread over it, in each at two frames about 0.1 s apart; every other place is looked
+at closely: a third frame, native pixels, the second frame's luma. Clips of up to 20 s are
 decoded once from end to end, so that thumbnails of all their frames come along; of longer ones only the places are.
 """
 
@@ -19,6 +20,7 @@ from kling_jax.errors import DataError
 from kling_jax.measure import motion
 
 PLACES = 8
+CLOSELY = slice(None, None, 2)  # of the places
 SIDE = 256  # pixels of the shorter side of the frames
 LUMA_SIDE = 480  # most pixels of the shorter side of the luma pictures
 CROP = 512  # most pixels of the sides of the native crops
@@ -51,10 +53,10 @@ class Sample:
     frames_THWC: uint8 RGB, ascending in time.
     times_s: (T,) their seconds from the clip's start.
     pairs: indices of frames about 0.1 s apart, one a place.
-    triples: indices (i, j, k) of frames of one place with both steps about 0.1 s; (i, j) or (j, k) is among `pairs`.
+    triples: of every other place, indices (i, j, k) of frames with both steps about 0.1 s; one step is among `pairs`.
     luma: a place, its first frame's luma, uint8, at most 480 pixels on the shorter side.
-    later: the same of the second frames of the pairs.
-    crops: a place, the middle of its first frame's luma in the pixels of the media, at most 512 x 512.
+    later: of every other place the same of its second frame.
+    crops: of every other place the middle of its first frame's luma, in the pixels of the media, at most 512 x 512.
     thumbs_FHW: uint8 luma thumbnails (F, 32, 64) of every decoded frame.
     thumb_times_s: (F,) their seconds; frames are consecutive within a run.
     runs: (F,) number of the run of consecutive frames that a thumbnail belongs to.
@@ -129,10 +131,10 @@ def of_frames(frames_THWC: np.ndarray, times_s: np.ndarray) -> Sample:
     frames_THWC=frames_THWC,
     times_s=times_s,
     pairs=pairs,
-    triples=_triples(times_s, pairs),
+    triples=_triples(times_s, pairs[CLOSELY]),
     luma=[at_most(greys[i], LUMA_SIDE) for i in firsts],
-    later=[at_most(greys[j], LUMA_SIDE) for _, j in pairs],
-    crops=[_crop(greys[i]) for i in firsts],
+    later=[at_most(greys[j], LUMA_SIDE) for _, j in pairs[CLOSELY]],
+    crops=[_crop(greys[i]) for i in firsts[CLOSELY]],
     thumbs_FHW=np.stack([cv2.resize(grey, size, interpolation=cv2.INTER_AREA) for grey in greys]),
     thumb_times_s=times_s,
     runs=np.zeros(len(times_s), np.int64),
@@ -188,17 +190,18 @@ def of_media(source: decode.Media, *, limits: decode.Limits = decode.DEFAULT_LIM
   size = max(1, round(info.height * scale)), max(1, round(info.width * scale))
   starts, gap = _places(info.duration_s, info.fps)
   last = max(info.duration_s - 1 / info.fps, 0.0)
-  thirds = np.where(starts + 2 * gap <= last + 1e-6, starts + 2 * gap, starts - gap)
+  close = starts[CLOSELY]
+  thirds = np.where(close + 2 * gap <= last + 1e-6, close + 2 * gap, close - gap)
   times_s = np.unique(np.round(np.concatenate([starts, starts + gap, thirds[thirds >= -1e-6]]), 9).clip(0))
   index = lambda second: int(np.abs(times_s - second).argmin())
   pairs = [(index(start), index(start + gap)) for start in starts] if gap > 0 else []
   triples = sorted(
     tuple(sorted((index(start), index(start + gap), index(third))))
-    for start, third in zip(starts, thirds, strict=True)
+    for start, third in zip(close, thirds, strict=True)
     if third >= -1e-6 and gap > 0
   )
   with decode.Cursor(source, limits, vectors=True) as cursor:
-    firsts, seconds = ({index(second) for second in moments} for moments in (starts, starts + gap))
+    firsts, seconds = ([index(second) for second in moments] for moments in (starts, starts + gap))
     seen = _look(cursor, times_s, info, size, firsts, seconds)
   return Sample(
     frames_THWC=seen.frames_THWC,
@@ -235,8 +238,8 @@ def _look(
   times_s: np.ndarray,
   info: decode.VideoInfo,
   size: tuple[int, int],
-  firsts: set[int],
-  seconds: set[int],
+  firsts: list[int],
+  seconds: list[int],
 ) -> _Seen:
   """Walks over the spans of a clip and takes the frames shown at `times_s`: luma of `firsts`, vectors of `seconds`."""
   seen = _Seen(np.empty((len(times_s), *size, 3), np.uint8))
@@ -248,11 +251,14 @@ def _look(
     seen.frames_THWC[number] = picture.cover(frame, *size)
     if number in seconds:
       seen.vectors += vectors_of(frame)
-      seen.later.append(at_most(_luma(frame), LUMA_SIDE))
-    if number in firsts:
+    if number in firsts or number in seconds[CLOSELY]:
       luma = _luma(frame)
-      seen.luma.append(at_most(luma, LUMA_SIDE))
-      seen.crops.append(_crop(luma).copy())
+      if number in seconds[CLOSELY]:
+        seen.later.append(at_most(luma, LUMA_SIDE))
+      if number in firsts:
+        seen.luma.append(at_most(luma, LUMA_SIDE))
+      if number in firsts[CLOSELY]:
+        seen.crops.append(_crop(luma).copy())
 
   number = 0
   for run, (start, end) in enumerate(_spans(targets, info)):

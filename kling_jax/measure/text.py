@@ -1,8 +1,8 @@
 """Overlay text without a network: rows of letter-like shapes that stand still; an OCR model can take its place.
 
-In each place of a clip, shapes darker or lighter than their surroundings are taken as letters where their size, stroke
-and contrast fit, and lines are rows of at least four letters of like height on one base. A letter counts only if it
-is there, unmoved, in the next frame of the place as well. A recogniser goes in as a scorer of the same condition:
+In every other place of a clip, shapes darker or lighter than their surroundings are taken as letters where their size,
+stroke and contrast fit, and lines are rows of at least four letters of like height on one base. A letter counts only if
+it is there, unmoved, in the next frame of the place as well. A recogniser goes in as a scorer of the same condition:
 `kling score --scorers package.module:SCORER` (see `measure.Scorer`).
 """
 
@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 import scipy.sparse.csgraph
 
-from kling_jax.measure.sample import Sample
+from kling_jax.measure.sample import CLOSELY, Sample
 
 NAME, VERSION = "letter-rows", "1"
 CONDITIONS = ("text",)
@@ -26,11 +26,11 @@ INTRUDERS = 0.25  # shapes that reach into a line from above or below, for each 
 
 
 def text(sample: Sample) -> dict[str, float]:
-  """text: share of the frame's area under lines of text (their boxes), mean over the places of the clip."""
+  """text: share of the frame's area under lines of text (their boxes), mean over every other place of the clip."""
   if not sample.luma:
     return {}
   shares = []
-  for place, luma in enumerate(sample.luma):
+  for place, luma in enumerate(sample.luma[CLOSELY]):
     steady = cv2.absdiff(luma, sample.later[place]) <= MOVED if place < len(sample.later) else None
     shares.append(area(lines(luma, steady), luma.shape))
   return {"text": float(np.mean(shares))}

@@ -14,9 +14,10 @@ STEADY = 0.35  # most median deviation of a gradient over the clip, of its media
 CELL = 16  # pixels: parts of the picture that are told to stay or to change
 TEXTURED = 3.0  # mean gradient of a cell that can tell
 STAYS = 0.5  # of a cell's usual gradient that its median over the clip keeps, where it stays
+ONE_WAY = 0.7  # most coherence of a mark's gradients: straight edges stay where they slide along themselves
 LEAST_EDGES = 24  # pixels of a mark
 LEAST_PLACES = 4
-TELLING = 0.5  # least share of the textured cells that change; below, marks cannot be told from scenery
+TELLING = 0.6  # least share of the textured cells that change; below, marks cannot be told from scenery
 JOIN = 7  # pixels between the strokes of one mark
 MARGIN = 3  # pixels at the frame's edge, where filters of codecs and scalers leave lines
 
@@ -53,7 +54,10 @@ def marks(luma_THW: np.ndarray) -> np.ndarray | None:
   edges = np.bincount(labels[steady], minlength=count)
   height, width = steady.shape
   # Longer ones are the edges of a letterbox.
-  kept = (edges >= LEAST_EDGES) & (stats[:, 2] <= 0.9 * width) & (stats[:, 3] <= 0.9 * height)
+  sums = lambda product: np.bincount(labels[steady], product[steady], count)
+  xx, yy, xy = sums(mid_x * mid_x), sums(mid_y * mid_y), sums(mid_x * mid_y)
+  coherence = np.hypot(xx - yy, 2 * xy) / np.maximum(xx + yy, 1e-6)  # 1: all one way, 0: all ways alike
+  kept = (edges >= LEAST_EDGES) & (coherence <= ONE_WAY) & (stats[:, 2] <= 0.9 * width) & (stats[:, 3] <= 0.9 * height)
   kept[0] = False
   left, top, across, down = stats[kept, :4].T
   inset = JOIN // 2
