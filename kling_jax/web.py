@@ -78,7 +78,7 @@ class Pace:
     if per_minute is not None and per_minute <= 0:
       raise errors.UsageError(f"a rate of {per_minute:g} requests a minute is none; give more than 0")
     self._distance_s = 60.0 / per_minute if per_minute else 0.0
-    self._next = 0.0
+    self._next = self._held = 0.0
     self._lock = threading.Lock()
     self._stopped = threading.Event()
 
@@ -92,11 +92,14 @@ class Pace:
       turn = max(self._next, time.monotonic())
       self._next = turn + amount * self._distance_s
     self.rest(turn - time.monotonic())
+    while (left := self._held - time.monotonic()) > 0:  # a pause that was asked for in the meantime
+      self.rest(left)
 
   def hold(self, seconds: float) -> None:
     """Nobody's turn comes within the next `seconds`."""
     with self._lock:
-      self._next = max(self._next, time.monotonic() + seconds)
+      self._held = max(self._held, time.monotonic() + seconds)
+      self._next = max(self._next, self._held)
 
   def rest(self, seconds: float) -> None:
     """Sleeps, unless the run ends."""

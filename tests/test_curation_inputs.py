@@ -7,17 +7,21 @@ import io
 import json
 import os
 import pathlib
+import signal
+import subprocess
+import sys
 import tarfile
 import tracemalloc
 
 import cv2
+import loopback
 import numpy as np
 import pyarrow as pa
 import pytest
 
 from kling_jax import cli
 from kling_jax.curation import curate, inputs, video
-from kling_jax.data import container, download, encode, export, koala, quarantine, records, span_index, verify
+from kling_jax.data import container, download, encode, export, fetch, koala, quarantine, records, span_index, verify
 from kling_jax.errors import DataError
 
 LIMITS = container.DEFAULT_LIMITS
@@ -119,6 +123,16 @@ def test_fetched_videos_are_known_by_their_address(footage, tmp_path) -> None:
   assert [os.path.basename(path) for path in found.paths] == ["f.mp4"] and found.counts.absent == 1
 
 
+def test_what_was_fetched_is_found_by_the_table_that_named_it(footage, tmp_path) -> None:
+  payload = (footage / "a_b.mp4").read_bytes()
+  with loopback.Server(lambda handler, body: handler.say(200, payload)) as server:
+    table = koala_table(tmp_path / "t.csv", [row("x_0", 0.0, 1.0) | {"url": server.address("/v?id=1")}])
+    options = fetch.Options(limits=download.Limits(private=True))
+    assert fetch.fetch(table, tmp_path / "videos", options).fetched == 1
+  found = inputs.find(table, tmp_path, method="table", videos=tmp_path / "videos")
+  assert pathlib.Path(found.paths[0]).read_bytes() == payload
+
+
 @pytest.mark.parametrize(
   ("text", "method", "words"),
   [
@@ -212,6 +226,35 @@ def test_tars_give_the_clips_that_their_videos_give(footage, tmp_path, capsys) -
   again = curate.curate(tars, tmp_path / "set", OPTIONS)
   assert dataclasses.replace(again, wall_s=0, timings={}) == dataclasses.replace(funnel, wall_s=0, timings={})
   assert not (tmp_path / "set" / "work").exists()
+
+
+@pytest.mark.drill
+@pytest.mark.parametrize("kind", ["tars", "table"])
+def test_a_run_that_is_killed_goes_on_to_the_same_set(kind, footage, tmp_path) -> None:
+  """kill -9 of driver and workers, again and again, until a run comes to its end."""
+  flags = ["--min_seconds", "0.3", "--max_seconds", "0.6", "--workers", "2", "--no_report", "--keep", "num_frames >= 1"]
+  if kind == "tars":
+    for name in ("a_b", "dQw4w9WgXcQ"):
+      pack(tmp_path / f"{name}.tar", {f"{name}.mp4": (footage / f"{name}.mp4").read_bytes()})
+    flags += ["--input", str(tmp_path)]
+  else:
+    rows = [row(f"{name}_{k}", k / 5, k / 5 + 0.2) for name in ("a_b", "dQw4w9WgXcQ") for k in range(10)]
+    table = koala_table(tmp_path / "t.csv", rows)
+    flags += ["--input", str(table), "--videos", str(footage), "--method", "table"]
+  command = [sys.executable, "-m", "kling_jax", "curate", *flags, "--output"]
+  subprocess.run([*command, str(tmp_path / "whole")], check=True, stdout=subprocess.DEVNULL)
+  kills, wait_s = 0, 2.0
+  while True:
+    process = subprocess.Popen([*command, str(tmp_path / "set")], stdout=subprocess.DEVNULL, start_new_session=True)
+    try:
+      assert process.wait(wait_s) == 0
+      break
+    except subprocess.TimeoutExpired:
+      os.killpg(process.pid, signal.SIGKILL)
+      process.wait()
+      kills, wait_s = kills + 1, wait_s * 1.3
+  assert kills >= 1 and contents(tmp_path / "set") == contents(tmp_path / "whole")
+  assert verify.verify(tmp_path / "set").ok and not list((tmp_path / "set").rglob(".member-*"))
 
 
 def contents(top: pathlib.Path) -> list[tuple[str, bytes]]:
