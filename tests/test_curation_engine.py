@@ -28,6 +28,11 @@ def act(job: dict) -> dict:
       os._exit(3)
     case "kill":
       os.kill(os.getpid(), signal.SIGKILL)
+    case "kill once":
+      if os.path.exists(job["mark"]):
+        return {"second": True}
+      open(job["mark"], "w").close()
+      os.kill(os.getpid(), signal.SIGKILL)
     case "hang":
       time.sleep(60)
     case "grow":
@@ -51,11 +56,17 @@ def test_a_worker_that_dies_hangs_or_raises_costs_its_own_job_only():
   start = time.monotonic()
   answers = dict(engine.run(HERE, jobs, workers=2, deadline_s=5))
   kinds = [answers[k].kind for k in range(4)]
-  assert kinds == ["memory", "died", "raised", "deadline"]
+  assert kinds == ["killed", "died", "raised", "deadline"]
   assert answers[2].detail == "unexpected ValueError: odd value"
   assert "exit code 3" in answers[1].detail
   assert all(answers[k]["value"] == 2 for k in (4, 5, 6))
   assert time.monotonic() - start < 40
+
+
+def test_a_job_whose_process_is_killed_once_is_done_again(tmp_path):
+  jobs = [{"do": "kill once", "mark": str(tmp_path / "mark")}, {"do": "double", "value": 3}]
+  answers = dict(engine.run(HERE, jobs, workers=1))
+  assert answers[0] == {"second": True} and answers[1]["value"] == 6
 
 
 def test_long_answers_come_whole():

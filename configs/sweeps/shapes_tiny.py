@@ -3,9 +3,9 @@
 Models have a thousandth of the paper's parameters, runs a 30,000th of its tokens. (At a millionth of its 8e20 FLOPs the
 grids alone would take 2 cores half a day.)
 
-Stage 1: learning rate x batch grids at the four smaller sizes, each run read at three T. Stage 2, when those have
-finished: laws of learning rate, batch and loss are fitted to them, and the two larger sizes, held out of every fit, are
-trained where the laws say. Beside the tuned arm stand those that the paper argues against, with the constants that the
+Stage 1: learning rate x batch grids at the four smaller sizes, each run read at four T. Stage 2, when those have
+finished: laws of learning rate and batch are fitted to them; where these say, the four sizes are trained four times
+longer, for the loss surface, and the two larger sizes, held out of every fit, once. Beside the tuned arm stand those that the paper argues against, with the constants that the
 same stage-1 runs give them:
 
   kaplan      small batch with more steps: the smallest batch of the grid, at its best learning rate for the size
@@ -37,6 +37,7 @@ STUDY = arms.Study(
   repeats={"d16": (16, 8e-3), "d32": (16, 4e-3), "d48": (16, 4e-3), "d64": (16, 3e-3)},
   holdouts=(("d80", 786_432, 2, 4), ("d96", 393_216, 1, 4)),
   memory=24_576,
+  longer=(1_572_864, 8),
   multiple=2,
 )
 

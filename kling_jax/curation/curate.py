@@ -29,7 +29,7 @@ ENGINES: dict[str, Callable[..., Iterator[engine.Answer]]] = {"local": engine.ru
 AHEAD = 64  # videos a worker may be ahead of the first one that is not done: bounds the staging folder
 COMMIT_SHARE = 0.02  # of the set's media that a commit waits for, because each one rewrites the table
 WORK = "kling_jax.curation.video:work"
-_REASONS = {"died": "decode_error", "memory": "out_of_memory", "deadline": "timeout", "raised": "decode_error"}
+_REASONS = {"died": "decode_error", "killed": "out_of_memory", "memory": "out_of_memory", "deadline": "timeout", "raised": "decode_error"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,7 +234,7 @@ class _Run:
       "name": quarantine.printable(self._names[path]),
       "staging": str(self._staging),
       "stem": self._place(path).stem,
-      "splits": options.cache or str(self._staging / "splits"),
+      "splits": os.path.abspath(options.cache or self._staging / "splits"),
       "recipe": dataclasses.asdict(options.recipe),
       "seconds": options.seconds_per_video,
     } | self._inputs.job(path)

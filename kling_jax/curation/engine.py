@@ -20,6 +20,7 @@ from typing import IO, Any, Literal
 
 # One thread a worker: files, not threads, fill the cores.
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+TRIES = 3  # of a job whose process dies
 _LOOK_S = 0.5  # between two looks at the workers' memory
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
@@ -29,12 +30,13 @@ class Failure:
   """A job without an answer.
 
   Attributes:
-    kind: died (the process ended), memory (it was ended for its size, or killed, as systems do when memory runs out),
-      deadline (it took too long and was ended), raised (a bug: an exception that the function does not handle).
+    kind: died (the process ended), killed (from outside, as systems do when memory runs out), memory (it was ended for
+      its size), deadline (it took too long and was ended), raised (a bug: an exception that the function does not
+      handle).
     detail: in words.
   """
 
-  kind: Literal["died", "memory", "deadline", "raised"]
+  kind: Literal["died", "killed", "memory", "deadline", "raised"]
   detail: str
 
 
@@ -50,6 +52,8 @@ def run(
 ) -> Iterator[Answer]:
   """Yields (index of the job, answer or failure) as they come, in any order.
 
+  A job whose process dies or is killed is done again, at the end, TRIES times in all: the next one may live.
+
   Args:
     function: "module:name" of a function from a JSON object to a JSON object.
     jobs: its arguments, in the order in which they are begun.
@@ -58,6 +62,7 @@ def run(
     memory_bytes: a worker whose resident memory is larger is ended (on Linux; looked at twice a second).
   """
   waiting = collections.deque(enumerate(jobs))
+  tries: collections.Counter[int] = collections.Counter()
   count = max(1, min(workers or os.cpu_count() or 1, len(jobs)))
   with selectors.DefaultSelector() as selector:
     crew: list[_Worker] = []
@@ -78,6 +83,11 @@ def run(
           if worker.ended:
             worker.close()
             crew[crew.index(worker)] = _Worker(function, selector)
+          if isinstance(answer, Failure) and answer.kind in ("died", "killed"):
+            tries[index] += 1
+            if tries[index] < TRIES:
+              waiting.append((index, jobs[index]))
+              continue
           yield index, answer
     finally:
       for worker in crew:
@@ -102,7 +112,14 @@ class Lane:
     self._worker: _Worker | None = None
 
   def do(self, job: dict[str, Any]) -> dict[str, Any] | Failure:
-    """The answer to a job, or its failure."""
+    """The answer to a job, or its failure after as many tries as `run` makes."""
+    for _ in range(TRIES):
+      answer = self._once(job)
+      if not isinstance(answer, Failure) or answer.kind not in ("died", "killed"):
+        break
+    return answer
+
+  def _once(self, job: dict[str, Any]) -> dict[str, Any] | Failure:
     if self._worker is None:
       self._worker = _Worker(self._function, self._selector)
     worker = self._worker
@@ -162,7 +179,7 @@ class _Worker:
       self.ended, self.job = True, None
       code = self._process.wait()
       if code == -signal.SIGKILL:
-        return Failure("memory", "the worker was killed from outside, as happens when memory runs out")
+        return Failure("killed", "the worker was killed from outside, as happens when memory runs out")
       how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
       return Failure("died", f"the worker died ({how})")
     if not self._heard.endswith(b"\n"):

@@ -13,7 +13,6 @@ from typing import Any
 from kling_jax.curation import engine
 from kling_jax.errors import DataError, UsageError
 
-TRIES = 3  # of a job whose node dies
 GROW_S = 10.0  # between two looks at the size of the cluster
 
 
@@ -79,10 +78,10 @@ def run(
           grown = float("-inf")
           if index is not None:
             tries[index] += 1
-            if tries[index] < TRIES:
+            if tries[index] < engine.TRIES:
               waiting.appendleft((index, jobs[index]))
             else:
-              yield index, engine.Failure("died", f"{TRIES} actors died over it, the last one so: {_line(error)}")
+              yield index, engine.Failure("died", f"{engine.TRIES} actors died over it, the last one so: {_line(error)}")
           continue
         crew[actor] = None
         give(actor)

@@ -26,6 +26,7 @@ _FORMATS = (
   "png_pipe,jpeg_pipe,jpegls_pipe,jpegxl_pipe,webp_pipe,bmp_pipe,tiff_pipe,gif_pipe,ppm_pipe,pgm_pipe,psd_pipe,exr_pipe"
 )
 _LONGEST_LIST_OF_DAMAGE = 16
+_LONGEST_FRAME_S = 3600
 
 # Titles in Latin-1 are common; only releases below 19 stumble over them.
 _TAGS: dict[str, typing.Any] = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
@@ -188,8 +189,11 @@ class Video:
     return int(self.stream.start_time or 0) if last is None else last + self.duration(frame)
 
   def duration(self, frame: av.VideoFrame) -> int:
-    """How long `frame` shows, in ticks: its own duration, else one frame of the stream's rate; at least 1."""
-    if frame.duration:
+    """How long `frame` shows, in ticks: its own duration, else one frame of the stream's rate; at least 1.
+
+    A duration of more than an hour is damage and counts as none.
+    """
+    if frame.duration and frame.duration * self.time_base < _LONGEST_FRAME_S:
       return max(1, int(frame.duration))
     return max(1, round(1 / (self.rate * self.time_base))) if self.rate else 1
 

@@ -23,9 +23,10 @@ import av.video.frame
 import numpy as np
 
 from kling_jax import errors
-from kling_jax.data import avc, container, decode, encode, picture
+from kling_jax.data import avc, container, decode, encode, picture, reasons
 
 LEAST_COPIED = 0.5  # of a clip's frames; below, one encoding of the whole clip is simpler and hardly dearer
+_MOST_TICKS = 2**31  # of a duration in MP4
 _SOUND_AHEAD_S = 1.0  # how far sound may lie behind the picture of its time in the file
 _SHORTEST_S = 0.002  # MP4 counts the length of a whole track in milliseconds; shorter, the last frame would fall out
 _COPIED_SOUND = ("aac", "mp3", "opus", "ac3", "eac3", "alac", "flac")
@@ -87,9 +88,12 @@ def cut(
 
   Raises:
     DataError: no frame starts in the span.
-    MediaError: the source cannot be decoded.
+    MediaError: the source cannot be decoded, or its time stamps make no sense.
   """
   span = start_pts, end_pts
+  if end_pts - start_pts >= _MOST_TICKS:
+    name = os.fspath(source) if isinstance(source, str | os.PathLike) else "<bytes>"
+    raise reasons.MediaError(name, "decode_error", "time stamps that jump farther than an MP4 can tell")
   with container.open_video(source, limits) as video, tempfile.TemporaryDirectory(prefix="kling-") as folder:
     path = pathlib.Path(folder) / "clip.mp4"
     track = next(iter(video.container.streams.audio), None) if sound else None

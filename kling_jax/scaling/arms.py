@@ -10,6 +10,7 @@ import numpy as np
 from kling_jax.scaling import design, loglinear, lr_batch, table
 from kling_jax.scaling.design import Hyper, Overrides
 
+LONG = "long"  # arm of the longer runs of the sizes of the grids
 WITHIN = 0.03  # at small scale a step of the grid costs percents, and a quadratic needs its neighbours
 
 
@@ -38,7 +39,7 @@ def fitted(
   Raises:
     DataError: the points have no optimum of learning rate and batch at four (N, T).
   """
-  rows = [point for point in points if point["split"] == "fit"]
+  rows = [point for point in points if _first(point)]
   names = ("params", "tokens", "loss", "lr", "batch_tokens", "run")
   runs = table.from_columns({name: [row[name] for row in rows] for name in names}, "the sweep's points")
   laws = lr_batch.fit(runs, within)
@@ -60,9 +61,14 @@ def fitted(
   ]  # fmt: skip
 
 
+def _first(point: Mapping[str, Any]) -> bool:
+  """Whether a point belongs to the first stage, whose laws decide the later runs."""
+  return point["split"] == "fit" and LONG not in point["arm"].split("+")
+
+
 @dataclasses.dataclass(frozen=True)
 class Study:
-  """Grids at small sizes, then hold-outs at large ones where the laws of the grids say.
+  """Grids at small sizes, then longer runs of them and hold-outs at large ones, both where the laws of the grids say.
 
   Attributes:
     horizons: T of the grids, in tokens.
@@ -70,6 +76,7 @@ class Study:
     repeats: {size: (clips, learning rate)} that is done again with other seeds: the noise of a run.
     holdouts: (size, T, parts of T at which it is read, arms: how many of them run).
     memory: tokens that the averaged weights remember, the same in all runs.
+    longer: (T, parts of T at which it is read) of one run of each size of the grids, for the loss surface.
     seeds: how many other seeds a repeat has. within: see `lr_batch.cells`. multiple: clips of a batch.
   """
 
@@ -79,6 +86,7 @@ class Study:
   repeats: Mapping[str, tuple[int, float]]
   holdouts: Sequence[tuple[str, float, int, int]]
   memory: float
+  longer: tuple[float, int] | None = None
   seeds: int = 1
   within: float = WITHIN
   multiple: int = 1
@@ -103,8 +111,13 @@ class Study:
     """
     first = [*self.grids(base), *more]
     yield from first
-    if len({point["run"] for point in points if point["split"] == "fit"}) < len(first):
+    if len({point["run"] for point in points if _first(point)}) < len(first):
       return
+    if self.longer is not None:
+      tokens, reads = self.longer
+      hyper = fitted(points, self.within, self.memory * reads / tokens, self.multiple)[0].hyper
+      for size in self.batches:
+        yield design.tuned(base, size, tokens, hyper, reads=reads, arm=LONG)
     for size, tokens, reads, arms in self.holdouts:
       found = fitted(points, self.within, self.memory * reads / tokens, self.multiple)
       for arm in found[:arms]:
