@@ -238,7 +238,7 @@ def _shaded(value: float | None) -> str:
     return "<td></td>"
   colour = COLOURS[0] if value >= 0 else COLOURS[1]
   style = f"background:color-mix(in srgb,{colour} {round(70 * min(abs(value), 1))}%,transparent)"
-  return f'<td style="{style}">{value:.2f}</td>'
+  return f'<td style="{style}">{f"{value:.2f}".replace("0.", ".")}</td>'
 
 
 def _media(tile: Tile) -> str:
@@ -337,7 +337,7 @@ tr:last-child td { border-bottom: 0; }
 .wide td { min-width: 5.5em; } .wide td.n, .heat td { min-width: 0; }
 td.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .heat { width: auto; font-size: .78rem; font-variant-numeric: tabular-nums; }
-.heat td { text-align: center; padding: 5px 6px; border: 1px solid var(--card); }
+.heat td { text-align: center; padding: 4px 3px; border: 1px solid var(--card); overflow-wrap: normal; }
 .heat th { padding: 2px 6px; border: 0; font-weight: 400; } .heat tbody th { text-align: right; white-space: nowrap; }
 .heat thead th { vertical-align: bottom; text-align: center; }
 .heat thead span { writing-mode: vertical-rl; transform: rotate(180deg); white-space: nowrap; display: inline-block; }

@@ -93,8 +93,8 @@ def add(document: page.Page, found: dict[str, Any]) -> None:
   document.widget(_MARKUP, found, _SCRIPT, _STYLE)
 
 
-_MARKUP = """<div class="explorer"><p class="sum" aria-live="polite"></p><div class="grid"></div>
-<pre class="command"></pre></div>"""
+_MARKUP = """<div class="explorer"><p class="sum" aria-live="polite"></p><pre class="command"></pre>
+<div class="grid"></div></div>"""
 
 _SCRIPT = """
 const make = (tag, attributes, parent, text) => {
@@ -237,5 +237,5 @@ _STYLE = """
 .explorer .grip circle { fill: var(--bad); stroke: var(--card); stroke-width: 2; }
 .explorer .grip:focus-visible circle { stroke: var(--ink); }
 .explorer .note { color: var(--soft); font-size: .82rem; margin: 2px 0 0; }
-.explorer .command { white-space: pre-wrap; margin-top: 14px; }
+.explorer .command { white-space: pre-wrap; margin: 0 0 18px; }
 """

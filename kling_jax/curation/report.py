@@ -26,6 +26,7 @@ from kling_jax.errors import DataError
 KEPT_TILES, RULE_TILES, TILES = 18, 6, 78  # kept clips, clips of one rule, pictures in all
 ROWS = 50  # of a table
 SLOWEST = 12
+SHOWN = 5  # scores below a clip
 SHORT = 160  # characters of a text on the page
 SHEET_FRAMES = 4  # of a clip, 2 x 2
 SHEET_WIDTH, GAP = 320, 4  # pixels of a contact sheet, and between its frames
@@ -124,7 +125,7 @@ def _add_scores(
   found = explorer.data(columns, chosen, f"kling select --input {shlex.quote(str(folder))}")
   if not found["columns"]:
     return
-  text = "Raw values in the units of their scorers. Drag the limits: the counts follow, and the command below does it."
+  text = "Raw values in the units of their scorers. Drag the limits: the counts follow, and the command does it."
   if found["sample"] < found["total"]:
     text += f" Kept counts come from an even sample of {found['sample']:,} clips, those of one limit from all."
   if found["others"]:
@@ -185,7 +186,8 @@ def _tiles(folder: pathlib.Path, rows: list[int], bad: bool) -> list[page.Tile]:
     path = folder / clip_table.RECORDS / row["shard"]
     _, media = record.unpack(clip_table.read_record(clip_table.open_reader(path), path, row["position"]))
     start = row["start_s"] - row["source_start_s"]
-    values = ", ".join(f"{name} {score['value']:.3g}" for name, score in sorted(row["scores"])[:8])
+    scores = sorted(row["scores"], key=lambda item: (item[0] not in select.CONDITIONS, item[0]))[:SHOWN]
+    values = ", ".join(f"{_short(name, 40)} {score['value']:.3g}" for name, score in scores)
     place = f"{_short(row['video_id'], 80)} {start:.2f}–{start + row['end_s'] - row['start_s']:.2f} s"
     text = " · ".join(part for part in (place, values, _short(row["caption"]), row["clip_id"][:12]) if part)
     note = _short(row["status_reason"]) or ("salvaged" if row["salvaged"] else "")
