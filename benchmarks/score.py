@@ -1,32 +1,42 @@
 """What measuring costs beside decoding: milliseconds a clip for each scorer, and the share of the clip's bare decode.
 
     python benchmarks/score.py ../shared/videos --json score.json
+    python benchmarks/score.py ../shared/videos --overlays       how much of written lines and marks is found instead
 
 Every video of the folder of at most 20 s is a clip. "bare decode" reads all its frames and looks at none; "decode" is
 the one pass that all scorers share (frames, luma, thumbnails and motion vectors taken along). One process, one thread.
+
+With --overlays, white lines with a dark outline, of three heights, and a mark in a corner are written over the luma of
+each video; `text` and `watermark` before and after tell what they find.
 """
 
 import argparse
+import dataclasses
 import json
 import pathlib
 import statistics
 import time
 
 import cv2
+import numpy as np
 
 from kling_jax import measure
 from kling_jax.data import container, decode, folder, reasons
-from kling_jax.measure.sample import WHOLE_S
+from kling_jax.measure import sample, text, watermark
 
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("folder", type=pathlib.Path)
   parser.add_argument("--scorers", default="default", help="as of kling score")
+  parser.add_argument("--overlays", action="store_true", help="accuracy of text and watermark instead of time")
   parser.add_argument("--limit", type=int, default=12, help="clips")
   parser.add_argument("--json", type=pathlib.Path)
   args = parser.parse_args()
   cv2.setNumThreads(1)
+  if args.overlays:
+    overlays(args.folder, args.limit)
+    return
   scorers = measure.chosen(args.scorers.split(","))
   rows = []
   for path in folder.find_videos(args.folder):
@@ -34,7 +44,7 @@ def main() -> None:
       info = decode.probe(path, decode=False)
     except reasons.MediaError:
       continue
-    if info.duration_s > WHOLE_S or info.num_frames < 24 or len(rows) == args.limit:
+    if info.duration_s > sample.WHOLE_S or info.num_frames < 24 or len(rows) == args.limit:
       continue
     measure.score_media(path, scorers)  # the first call of everything, and the file into memory
     clock = time.perf_counter()
@@ -57,6 +67,50 @@ def main() -> None:
   print(f"measuring beside bare decoding: {statistics.median(shares):.2f} of it (median), {max(shares):.2f} at most")
   if args.json:
     args.json.write_text(json.dumps({"clips": rows, "share": shares}, indent=1) + "\n", encoding="utf-8")
+
+
+def overlays(top: pathlib.Path, limit: int) -> None:
+  """Prints the share of written areas that is found, by height of the letters, and how many marks are."""
+  found: dict[int, list[float]] = {16: [], 24: [], 40: []}
+  without, marks = [], []
+  for path in folder.find_videos(top)[:limit]:
+    try:
+      seen = sample.of_media(path)
+    except reasons.MediaError:
+      continue
+    if len(seen.luma) < sample.PLACES:
+      continue
+    without.append(text.text(seen)["text"])
+    for height, shares in found.items():
+      box, written = _written(seen, "SUBSCRIBE to my channel", height, 0.1, 0.8)
+      true = text.area(np.array([box]), seen.luma[0].shape)
+      shares.append(max(0.0, text.text(written)["text"] - without[-1]) / true)
+    if "watermark" in watermark.watermark(seen):
+      box, written = _written(seen, "TV 7", 30, 0.85, 0.12)
+      true = text.area(np.array([box]), seen.luma[0].shape)
+      marks.append((watermark.watermark(seen)["watermark"], watermark.watermark(written).get("watermark", 0.0) / true))
+  print(f"{len(without)} videos; text before any was written above 0.02 on {sum(value > 0.02 for value in without)}")
+  for height, shares in found.items():
+    middle, most = statistics.median(shares), sum(share > 0.5 for share in shares)
+    print(f"  letters of {height} pixels: found area / true {middle:.2f} (median), above a half on {most}")
+  hits, early = sum(share > 0.5 for _, share in marks), sum(before > 0 for before, _ in marks)
+  print(f"marks: {hits} of {len(marks)} found where it can be told; on {early} before any was written")
+
+
+def _written(seen: sample.Sample, words: str, height: int, x: float, y: float) -> tuple[tuple, sample.Sample]:
+  """The box of the words, and the sample with them over its luma; letters of `height` pixels at 480, at (x, y)."""
+  shape = seen.luma[0].shape
+  scale = height * min(shape) / 480 / 22.0  # of the font's capitals
+  corner = (round(x * shape[1]), round(y * shape[0]))
+  letters = np.zeros(shape, np.uint8)
+  cv2.putText(letters, words, corner, cv2.FONT_HERSHEY_SIMPLEX, scale, 255, 1, cv2.LINE_AA)
+  outline = cv2.dilate(letters, np.ones((5, 5), np.uint8)).astype(np.float32)[..., None] / 255
+  ink = letters.astype(np.float32)[..., None] / 255
+  over = lambda luma: ((luma[..., None] * (1 - outline) * (1 - ink) + 250 * ink)[..., 0]).astype(np.uint8)
+  rows, columns = np.nonzero(letters)
+  box = int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1
+  changed = {"luma": [over(luma) for luma in seen.luma], "later": [over(luma) for luma in seen.later]}
+  return box, dataclasses.replace(seen, **changed)
 
 
 if __name__ == "__main__":

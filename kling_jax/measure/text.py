@@ -20,7 +20,7 @@ LEAST_HEIGHT, MOST_HEIGHT = 7, 64  # pixels at 480 on the shorter side
 LEAST_LETTERS = 4
 UNMOVED = 0.7  # share of a letter's pixels that must be the same in the next frame
 MOVED = 12  # levels
-SPREAD, SPREAD_EDGE = 30, 200  # levels: most deviation within a letter; levels x pixels, for its soft edges
+SPREAD, SOFT = 12, 0.25  # most deviation within a letter: levels, and of its contrast for its soft edges
 WITHIN_WORDS = 0.5  # least share of the gaps that are narrow, as between the letters of a word
 INTRUDERS = 0.25  # shapes that reach into a line from above or below, for each of its letters
 
@@ -53,12 +53,14 @@ def lines(luma_HW: np.ndarray, steady_HW: np.ndarray | None = None) -> np.ndarra
   """
   mean = cv2.blur(luma_HW, (AROUND, AROUND))
   darker, lighter = cv2.subtract(mean, luma_HW), cv2.subtract(luma_HW, mean)
-  return np.concatenate([_rows(*_shapes(mask > CONTRAST, luma_HW, steady_HW)) for mask in (darker, lighter)])
+  return np.concatenate([_rows(*_shapes(contrast, luma_HW, steady_HW)) for contrast in (darker, lighter)])
 
 
-def _shapes(mask_HW: np.ndarray, luma_HW: np.ndarray, steady_HW: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-  """Shapes of a mask: letters (N, 7) of left, top, width, height, stroke width, level, fill; boxes (M, 4) of all."""
-  mask = mask_HW.view(np.uint8)
+def _shapes(
+  contrast_HW: np.ndarray, luma_HW: np.ndarray, steady_HW: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray]:
+  """What stands out: letters (N, 7) of left, top, width, height, stroke width, level, fill; boxes (M, 4) of all shapes."""
+  mask = (contrast_HW > CONTRAST).view(np.uint8)
   count, labels, stats, _ = cv2.connectedComponentsWithStats(mask, connectivity=8)
   left, top, width, height, pixels = stats.T.astype(np.float64)
   fill = pixels / (width * height)
@@ -75,10 +77,11 @@ def _shapes(mask_HW: np.ndarray, luma_HW: np.ndarray, steady_HW: np.ndarray | No
   number, grey = labels.ravel()[where], luma_HW.ravel()[where].astype(np.float64)
   level = np.bincount(number, grey, count) / np.maximum(pixels, 1)
   spread = np.sqrt(np.maximum(np.bincount(number, grey * grey, count) / np.maximum(pixels, 1) - level**2, 0))
+  contrast = np.bincount(number, contrast_HW.ravel()[where], count) / np.maximum(pixels, 1)
   outline = np.flatnonzero(mask - cv2.erode(mask, np.ones((3, 3), np.uint8)))
   edge = np.bincount(labels.ravel()[outline], minlength=count)
   stroke = 2 * pixels / np.maximum(edge, 1)  # a bar of width w has w pixels for two of its outline
-  fits &= (stroke < 0.42 * height) & (stroke < 14) & (spread < SPREAD + SPREAD_EDGE / height)
+  fits &= (stroke < 0.42 * height) & (stroke < 14) & (spread < SPREAD + SOFT * contrast)
   if steady_HW is not None:
     fits &= np.bincount(number, steady_HW.ravel()[where], count) >= UNMOVED * pixels
   return np.stack([left, top, width, height, stroke, level, fill], axis=-1)[fits], boxes_M4
