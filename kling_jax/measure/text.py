@@ -59,7 +59,7 @@ def lines(luma_HW: np.ndarray, steady_HW: np.ndarray | None = None) -> np.ndarra
 def _shapes(
   contrast_HW: np.ndarray, luma_HW: np.ndarray, steady_HW: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray]:
-  """What stands out: letters (N, 7) of left, top, width, height, stroke width, level, fill; boxes (M, 4) of all shapes."""
+  """What stands out: letters (N, 7) of left, top, width, height, stroke width, level, fill; boxes (M, 4) of all."""
   mask = (contrast_HW > CONTRAST).view(np.uint8)
   count, labels, stats, _ = cv2.connectedComponentsWithStats(mask, connectivity=8)
   left, top, width, height, pixels = stats.T.astype(np.float64)
