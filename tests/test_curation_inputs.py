@@ -22,7 +22,7 @@ import pytest
 from kling_jax import cli
 from kling_jax.curation import curate, inputs, video
 from kling_jax.data import container, download, encode, export, fetch, koala, quarantine, records, span_index, verify
-from kling_jax.errors import DataError
+from kling_jax.errors import DataError, UsageError
 
 LIMITS = container.DEFAULT_LIMITS
 FRAMES = 60
@@ -60,11 +60,12 @@ def test_a_released_table_is_matched_to_the_videos_on_disk(footage, tmp_path) ->
     row("a_b_0", 0.0, 1.0, caption="First"),
     row("dQw4w9WgXcQ_7", 0.5, 1.0, caption="Other"),
     {"videoID": "a_b_2", "timestamp": "nonsense"},
+    {"videoID": "\x00", "url": "x" * 9000},
   ]
   table = koala_table(tmp_path / "Koala_36M_1.csv", rows)
   found = inputs.find(table, tmp_path, method="table", videos=footage)
   assert [os.path.basename(path) for path in found.paths] == ["a_b.mp4", "dQw4w9WgXcQ.mp4"]  # as the table has them
-  assert (found.counts.rows, found.counts.absent, found.counts.damaged) == (5, 1, 1)
+  assert (found.counts.rows, found.counts.absent, found.counts.damaged) == (6, 2, 1)
   assert "row 5: timestamp 'nonsense'" in found.counts.first
   spans = inputs.spans_of(found.job(found.paths[0]) | {"path": found.paths[0]})
   assert [(span.start_s, span.end_s, span.caption.text) for span in spans] == [
@@ -147,6 +148,8 @@ def test_tables_without_videos_say_why(text, method, words, footage, tmp_path) -
     inputs.find(tmp_path / "t.csv", tmp_path, method=method, videos=footage)
   with pytest.raises(DataError, match="wants a table with spans"):
     inputs.find(footage, tmp_path, method="table")
+  with pytest.raises(UsageError, match="--videos is for tables"):
+    inputs.find(footage, tmp_path, method="default", videos=footage)
 
 
 def test_a_member_of_a_tar_is_a_local_file_while_it_is_looked_at(footage, tmp_path) -> None:

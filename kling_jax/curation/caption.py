@@ -118,6 +118,7 @@ class Summary:
     answers, prompt_tokens, completion_tokens: of the server, over all runs with this model and question; useless
       answers count. uncounted: answers whose server did not tell. dollars: what that costs, where prices are given.
     ignored_fields: fields of answers beside the six.
+    captions: rows of the caption table, of loose files.
   """
 
   clips: int = 0

@@ -16,8 +16,9 @@ import numpy as np
 from kling_jax.curation.split import Shot, Split
 from kling_jax.data import columns, container, download, fetch, folder, probe, quarantine, span_index, webdataset
 from kling_jax.data.caption import Caption
+from kling_jax.data.record import CAPTION_FIELDS
 from kling_jax.data.span_index import Span, SpanCaptions
-from kling_jax.errors import DataError
+from kling_jax.errors import DataError, UsageError
 
 TABLE = "table"  # the method that cuts the spans of a table
 INDEX = "spans.sqlite"
@@ -64,15 +65,19 @@ def find(
   Args:
     staging: where the index of a table goes.
     method: who splits; `TABLE` cuts the table's spans.
-    videos: folder with the videos of a table; the table's own by default. What `kling fetch` left there is known by
-      the addresses.
+    videos: folder that the paths of a table start from; the table's own by default. What `kling fetch` left there is
+      known by its address.
 
   Raises:
-    DataError: there are none.
+    DataError: there are none. UsageError: `videos` without a table.
   """
   path = pathlib.Path(os.path.abspath(input))
   if path.is_file() and path.suffix.lower() in columns.SUFFIXES:
-    return _of_table(path, staging, method, pathlib.Path(os.path.abspath(videos or path.parent)))
+    if method != TABLE and videos is None and "file" in columns.column_names(path):
+      return _of_files(path)
+    return _of_table(path, staging, pathlib.Path(os.path.abspath(videos or path.parent)))
+  if videos is not None:
+    raise UsageError(f"--videos is for tables; {path} is none")
   if method == TABLE:
     raise DataError(f"{path}: --method table wants a table with spans (.csv, .jsonl or .parquet)")
   if tars := webdataset.find_tars(path):
@@ -90,16 +95,18 @@ def _of_tars(top: pathlib.Path, tars: list[str]) -> Inputs:
   return Inputs(top, list(jobs), str(top), jobs, refused=tuple(refused))
 
 
-def _of_table(path: pathlib.Path, staging: pathlib.Path, method: str, videos: pathlib.Path) -> Inputs:
-  names = columns.column_names(path)
-  if method != TABLE and "file" in names:
-    listed = dict.fromkeys(row["file"] for row in columns.rows(path, {"file": span_index.TYPES["file"]}) if row["file"])
-    captions = path if {"caption", *span_index.CAPTION_FIELDS} & set(names) else path.parent
-    return Inputs(path.parent, [os.path.abspath(path.parent / name) for name in listed], str(captions))
+def _of_files(path: pathlib.Path) -> Inputs:
+  """The videos of a table with a column `file`, whose captions `folder.Captions` reads."""
+  listed = dict.fromkeys(row["file"] for row in columns.rows(path, {"file": span_index.TYPES["file"]}) if row["file"])
+  captions = path if {"caption", *CAPTION_FIELDS} & set(columns.column_names(path)) else path.parent
+  return Inputs(path.parent, [os.path.abspath(path.parent / name) for name in listed], str(captions))
+
+
+def _of_table(path: pathlib.Path, staging: pathlib.Path, videos: pathlib.Path) -> Inputs:
   if not videos.is_dir():
     raise DataError(f"{videos}: no folder with the videos of {path}")
   index = staging / INDEX
-  counts, found = span_index.build(path, index, _locator(videos, path.parent))
+  counts, found = span_index.build(path, index, _locator(videos))
   if not found:
     damaged = f"; {counts.damaged} rows cannot be read, the first: {counts.first}" if counts.damaged else ""
     raise DataError(
@@ -108,7 +115,7 @@ def _of_table(path: pathlib.Path, staging: pathlib.Path, method: str, videos: pa
   return Inputs(videos, found, "", spans=str(index), table=path.name, counts=counts)
 
 
-def _locator(videos: pathlib.Path, base: pathlib.Path) -> Callable[[dict[str, Any]], str | None]:
+def _locator(videos: pathlib.Path) -> Callable[[dict[str, Any]], str | None]:
   """Finds the file of a row: its `file`; its `url`, fetched or a path; or VIDEO.mp4 for the videoID VIDEO_3."""
   fetched = {entry.key: str(videos / entry.file) for entry in fetch.read(videos)}
   by_stem: dict[str, str] = {}
@@ -119,11 +126,11 @@ def _locator(videos: pathlib.Path, base: pathlib.Path) -> Callable[[dict[str, An
 
   def locate(row: dict[str, Any]) -> str | None:
     if row.get("file"):
-      return os.path.abspath(base / row["file"])
+      return os.path.abspath(videos / row["file"])
     url = row.get("url") or ""
     if url and download.key(url) in fetched:
       return fetched[download.key(url)]
-    if url and "://" not in url and (videos / url).is_file():
+    if url and "://" not in url and os.path.isfile(videos / url):
       return os.path.abspath(videos / url)
     video, _, index = (row.get("videoID") or "").rpartition("_")
     return by_stem.get(video) if index.isascii() and index.isdigit() else by_stem.get(row.get("videoID") or "")
