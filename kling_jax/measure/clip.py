@@ -3,7 +3,6 @@
 import dataclasses
 import importlib
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -142,27 +141,16 @@ def score(frames_THWC: np.ndarray, times_s: np.ndarray, scorers: Sequence[Scorer
   return measured(sample_lib.of_frames(frames_THWC, times_s), scorers)
 
 
-def score_media(
-  source: decode.Media, scorers: Sequence[Scorer] = SCORERS, *, timings: dict[str, float] | None = None
-) -> dict[str, Score]:
+def score_media(source: decode.Media, scorers: Sequence[Scorer] = SCORERS) -> dict[str, Score]:
   """Measures a video file or encoded bytes; see `score`.
-
-  Args:
-    source: a file or bytes.
-    scorers: who measures.
-    timings: seconds are added here, by scorer name, those of decoding as "decode".
 
   Raises:
     MediaError: nothing can be decoded.
   """
-  clock = time.perf_counter()
-  sample = sample_lib.of_media(source)
-  if timings is not None:
-    timings["decode"] = timings.get("decode", 0.0) + time.perf_counter() - clock
-  return measured(sample, scorers, timings)
+  return measured(sample_lib.of_media(source), scorers)
 
 
-def measured(sample: Sample, scorers: Sequence[Scorer], timings: dict[str, float] | None = None) -> dict[str, Score]:
+def measured(sample: Sample, scorers: Sequence[Scorer]) -> dict[str, Score]:
   """The scores of a sample; of two scorers for a condition the later counts.
 
   Raises:
@@ -170,10 +158,7 @@ def measured(sample: Sample, scorers: Sequence[Scorer], timings: dict[str, float
   """
   scores: dict[str, Score] = {}
   for scorer in scorers:
-    clock = time.perf_counter()
     values = scorer.measure(sample)
-    if timings is not None:
-      timings[scorer.name] = timings.get(scorer.name, 0.0) + time.perf_counter() - clock
     for condition in scorer.conditions:
       scores.pop(condition, None)
     for condition, value in values.items():
