@@ -196,3 +196,10 @@ def test_a_rule_in_another_unit_is_refused():
     select.evaluate(
       ClipColumns(pa.Table.from_pylist([clip_table.to_row(clip(motion=5.0), "s", 0)], clip_table.SCHEMA)), [rule]
     )
+
+
+def test_a_set_that_somebody_writes_to_is_left_alone(tmp_path):
+  write(tmp_path, clips_of("ab", motion=[0.0, 0.5]))
+  with records.RecordWriter(tmp_path, "test"), pytest.raises(DataError, match="another writer"):
+    select.select(tmp_path, rules.parse_all(["motion > 0.1"]))
+  assert set(status(tmp_path).values()) == {""}

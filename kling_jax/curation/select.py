@@ -282,8 +282,12 @@ def select(
     chosen = held[0] if held else DEFAULT_RULES
   seed = (held[1] if held else 0) if seed is None else seed
   selection = evaluate(load(folder, [*chosen, *also]), chosen, seed, duplicates.load(folder), strict)
-  fit_conditions(folder, selection)
+  percentiles = _conditions(selection)
   _mark(folder, selection)
+  if percentiles is not None:
+    percentiles.save(folder / conditions.FILE)
+  else:
+    (folder / conditions.FILE).unlink(missing_ok=True)
   files.write_json(folder / FILE, {"rules": rules.to_json(chosen), "seed": seed})
   return selection
 
@@ -303,22 +307,18 @@ def _mark(folder: pathlib.Path, selection: Selection) -> None:
   records.mark(folder, statuses, texts, selection.columns.table["clip_id"])
 
 
-def fit_conditions(folder: pathlib.Path, selection: Selection) -> None:
-  """Percentiles of the kept clips, beside the set; without a kept clip there are none.
+def _conditions(selection: Selection) -> conditions.Percentiles | None:
+  """Percentiles of the kept clips; None where none of them has a score.
 
   Raises:
     DataError: a score of the kept clips comes from two scorers or versions.
   """
-  table = selection.columns
-  rows = table.table.filter(pa.array(selection.kept)).select(["clip_id", "scores", "vtss"]).to_pylist()
+  kept = selection.columns.table.filter(pa.array(selection.kept))
   infos = []
-  for row in rows:
+  for row in kept.select(["clip_id", "scores", "vtss"]).to_pylist():
     scores = {name: Score(**score) for name, score in row["scores"] if name in CONDITIONS}
     if row["vtss"] is not None:
       scores.setdefault("vtss", Score(row["vtss"], "vtss", ""))
     infos.append(ClipInfo(row["clip_id"], "", 0.0, 0.0, 0, 0, 0, scores))
   names = [name for name in CONDITIONS if any(name in info.scores for info in infos)]
-  if names:
-    conditions.fit(infos, names).save(folder / conditions.FILE)
-  else:
-    (folder / conditions.FILE).unlink(missing_ok=True)
+  return conditions.fit(infos, names) if names else None

@@ -57,13 +57,7 @@ class RecordWriter:
   def __init__(self, folder: str | os.PathLike[str], recipe: str, *, shard_bytes: int = SHARD_BYTES):
     self._folder = pathlib.Path(folder)
     self._recipe, self._shard_bytes = recipe, shard_bytes
-    (self._folder / RECORDS).mkdir(parents=True, exist_ok=True)
-    self._lock = (self._folder / RECORDS / ".lock").open("w")
-    try:
-      fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # Ends with the process, however it ends.
-    except OSError as error:
-      self._lock.close()
-      raise errors.DataError(f"{folder}: another writer is at work on this set; wait until it is done") from error
+    self._lock = _locked(self._folder)
     self._table: pa.Table | None = None
     self._shards: list[Shard] = []
     if (self._folder / TABLE).exists():
@@ -255,6 +249,22 @@ class RecordSource:
     return read_record(reader, path, position)
 
 
+def _locked(folder: pathlib.Path) -> typing.IO[str]:
+  """The set's lock; closing it, or the end of the process, frees it.
+
+  Raises:
+    DataError: another writer holds it.
+  """
+  (folder / RECORDS).mkdir(parents=True, exist_ok=True)
+  lock = (folder / RECORDS / ".lock").open("w")
+  try:
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except OSError as error:
+    lock.close()
+    raise errors.DataError(f"{folder}: another writer is at work on this set; wait until it is done") from error
+  return lock
+
+
 def mark(folder: str | os.PathLike[str], statuses: pa.Array, reasons: pa.Array, clip_ids: pa.ChunkedArray) -> None:
   """Gives every clip a status and a reason; only the table changes, at once or not at all.
 
@@ -264,8 +274,7 @@ def mark(folder: str | os.PathLike[str], statuses: pa.Array, reasons: pa.Array, 
   Raises:
     DataError: the set is damaged, another writer is at work on it, or its clips are no longer those.
   """
-  index = Index.load(folder)
-  with contextlib.closing(RecordWriter(index.folder, index.recipe)):  # for its lock
+  with contextlib.closing(_locked(set_folder(folder))):
     index = Index.load(folder)
     if not index.table["clip_id"].equals(clip_ids):
       raise errors.DataError(f"{folder}: clips came or went in the meantime; select again")
