@@ -48,6 +48,7 @@ EXTRAS["test"] = (
   + EXTRAS["eval"]
   + EXTRAS["sweep"]
   + [
+    "fsspec>=2024.6",  # its file system in memory stands for a bucket
     "hypothesis>=6.100",
     "mypy>=1.11",
     "opentimelineio>=0.17",  # reads the shot lists back
