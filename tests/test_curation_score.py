@@ -14,7 +14,7 @@ import pytest
 from kling_jax import measure
 from kling_jax.curation import score_command
 from kling_jax.curation.score_command import JOURNAL, Wanted, command
-from kling_jax.data import clip_table, conditions, encode, record, records, worlds
+from kling_jax.data import clip_table, conditions, encode, records, worlds
 from kling_jax.data.record import ClipRecord
 from kling_jax.data.source import Score
 from kling_jax.errors import DataError, UsageError
@@ -68,6 +68,7 @@ def test_a_set_gets_its_scores_and_keeps_everything_else(clip_set, films, capsys
     assert row["scores"]["safety"]["value"] is None
   fitted = conditions.load(clip_set / conditions.FILE).conditions[0]
   assert fitted.version == "1" and fitted.q99 < 9.0
+  assert all(value is not None for value in clip_table.Index.load(clip_set).table["motion_score"].to_pylist())
   assert not (clip_set / JOURNAL).exists()
 
 
@@ -77,14 +78,14 @@ def test_what_is_there_is_not_measured_again(clip_set, monkeypatch):
   monkeypatch.setattr(score_command, "_answers", lambda jobs, names, workers: asked.append(jobs) or iter(()))
   command([str(clip_set)], wanted=LIGHT)
   command([str(clip_set)], wanted=Wanted(("brightness", "borders")))
-  assert asked[0] == [] and [job["names"] for job in asked[1]] == [["flat-margins"]] * 3
+  assert asked[0] == [] and [job["keys"] for job in asked[1]] == [["flat-margins 1"]] * 3
 
 
 def test_a_run_goes_on_where_it_was_killed(clip_set, films, monkeypatch):
   """The journal of a killed run: one clip done, one line cut off; the rest is measured, and once."""
   expected = measure.score_media(films[0], measure.chosen(LIGHT.words))
   scores = {name: {"value": -1.0, "scorer": s.scorer, "version": s.version} for name, s in expected.items()}
-  done = {"clip": f"{0:032x}", "names": sorted({s.scorer for s in expected.values()}), "scores": scores}
+  done = {"clip": f"{0:032x}", "keys": sorted({f"{s.scorer} {s.version}" for s in expected.values()}), "scores": scores}
   (clip_set / JOURNAL).write_text(json.dumps(done) + "\n" + json.dumps(done)[:40], encoding="utf-8")
   jobs = []
   real = score_command._answers
@@ -153,13 +154,6 @@ def test_a_scorer_of_yours_takes_the_place_of_the_detector(films):
   wrong = measure.Scorer("wrong", "1", ("text",), lambda sample: {"text": float("nan")})
   with pytest.raises(DataError, match="wrong"):
     measure.score_media(films[0], [wrong])
-
-
-def test_the_table_shows_the_new_scores(clip_set):
-  command([str(clip_set)], wanted=LIGHT, workers=1)
-  table = clip_table.Index.load(clip_set).table
-  assert all(value is not None for value in table["motion_score"].to_pylist())
-  assert record.fingerprint(table["clip_id"].to_pylist()) == records.RecordSource(clip_set).fingerprint
 
 
 @pytest.mark.drill

@@ -69,7 +69,7 @@ def command(
   Args:
     inputs: one clip set, or video files and folders of them.
     wanted: who measures.
-    workers: processes; None: one a core.
+    workers: processes; None: one a core. With 1 this process does it, and a file that kills it ends the run.
     as_json: [{clip, vtss, scores: {name: {value, scorer, version}}}] on standard output, and nothing else. A score
       that was asked for and is not defined for the clip has the value null, as has safety where nobody measures it.
 
@@ -113,10 +113,10 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
   """Measures one clip: {scores: {name: {value, scorer, version}}}, or {error: what is wrong}.
 
   Args:
-    job: words and aesthetic (`Wanted`), names (the scorers that are missing), and either file, or shard and position.
+    job: words and aesthetic (`Wanted`), keys (of the scorers that are missing), and either file, or shard and position.
   """
   cv2.setNumThreads(1)
-  scorers = [one for one in Wanted(tuple(job["words"]), job["aesthetic"]).scorers() if one.name in job["names"]]
+  scorers = [one for one in Wanted(tuple(job["words"]), job["aesthetic"]).scorers() if one.key in job["keys"]]
   try:
     if "file" in job:
       media: str | bytes = job["file"]
@@ -134,8 +134,8 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
 def _answers(jobs: list[dict[str, Any]], names: list[str], workers: int | None) -> Iterator[tuple[int, dict[str, Any]]]:
   """(index, answer of `work`) as they come, under a progress bar; what fails is also told on standard error."""
   with progress.bar("score", len(jobs)) as line:
-    results = engine.run(WORK, jobs, workers) if len(jobs) > 1 else ((i, work(job)) for i, job in enumerate(jobs))
-    for index, answer in results:
+    alone = len(jobs) == 1 or workers == 1
+    for index, answer in ((i, work(job)) for i, job in enumerate(jobs)) if alone else engine.run(WORK, jobs, workers):
       if isinstance(answer, engine.Failure):
         answer = {"error": answer.detail}
       if "error" in answer:
@@ -149,8 +149,8 @@ Row = tuple[str, float | None, dict[str, Score]]
 
 def _score_files(paths: list[str], wanted: Wanted, workers: int | None) -> tuple[list[Row], int]:
   """Scores of files in their order, and how many could not be measured."""
-  every = [scorer.name for scorer in wanted.scorers()]
-  jobs = [dataclasses.asdict(wanted) | {"file": path, "names": every} for path in paths]
+  every = [scorer.key for scorer in wanted.scorers()]
+  jobs = [dataclasses.asdict(wanted) | {"file": path, "keys": every} for path in paths]
   found = dict(_answers(jobs, paths, workers))
   good = [index for index in sorted(found) if "scores" in found[index]]
   return [(paths[i], None, _parsed(found[i]["scores"])) for i in good], len(paths) - len(good)
@@ -174,19 +174,19 @@ def _score_set(top: pathlib.Path, wanted: Wanted, workers: int | None) -> tuple[
     fresh = {clip.clip_id: clip.scores for clip in (_with(clip, done.get(clip.clip_id, []), scorers) for clip in clips)}
     jobs, ids = [], []
     for clip, place in zip(clips, places, strict=True):
-      missing = [scorer.name for scorer in scorers if not scorer.done(fresh[clip.clip_id])]
+      missing = [scorer.key for scorer in scorers if not scorer.done(fresh[clip.clip_id])]
       # What was measured and is not defined left no score behind, but a line in the journal.
-      missing = [name for name in missing if not any(name in entry["names"] for entry in done.get(clip.clip_id, []))]
+      missing = [key for key in missing if not any(key in entry["keys"] for entry in done.get(clip.clip_id, []))]
       if missing:
         where = {"shard": str(top / clip_table.RECORDS / place["shard"]), "position": place["position"]}
-        jobs.append(dataclasses.asdict(wanted) | where | {"names": missing})
+        jobs.append(dataclasses.asdict(wanted) | where | {"keys": missing})
         ids.append(clip.clip_id)
     failed = 0
     for number, answer in _answers(jobs, ids, workers):
       if "error" in answer:
         failed += 1
         continue
-      entry = {"clip": ids[number], "names": jobs[number]["names"], "scores": answer["scores"]}
+      entry = {"clip": ids[number], "keys": jobs[number]["keys"], "scores": answer["scores"]}
       done.setdefault(ids[number], []).append(entry)
       journal.write(json.dumps(entry) + "\n")
       journal.flush()
@@ -229,7 +229,7 @@ def _with(clip: ClipRecord, entries: list[dict[str, Any]], scorers: Sequence[mea
   scores = dict(clip.scores)
   for entry in entries:
     for scorer in scorers:
-      if scorer.name in entry["names"]:
+      if scorer.key in entry["keys"]:
         for condition in scorer.conditions:
           scores.pop(condition, None)
     scores |= _parsed(entry["scores"])

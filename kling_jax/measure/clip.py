@@ -45,6 +45,11 @@ class Scorer:
   conditions: tuple[str, ...]
   measure: Callable[[Sample], Mapping[str, float]]
 
+  @property
+  def key(self) -> str:
+    """Name and version in one word, as logs and jobs tell scorers apart."""
+    return f"{self.name} {self.version}"
+
   def done(self, scores: Mapping[str, Score]) -> bool:
     """Whether a clip with these scores was measured by this scorer (at least one of its conditions is there)."""
     found = (scores[name] for name in self.conditions if name in scores)
