@@ -28,6 +28,9 @@ EDGE = 0.5  # where a gradual one begins and ends
 MIDDLE, APART = 0.4, 4  # probability of a middle that makes a transition; steps between two of them
 SHORT, ABRUPT = 4, 0.8  # a transition of few steps, nearly all of whose change happens at one, is a cut
 SAME, BESIDE = 0.9, 2  # likeness of the pictures that many frames beside a transition, from which they are one scene's
+# Likeness of the colours of the frames so far from a gradual transition, from which one that is less clear than that is
+# motion within one shot.
+PALETTE, FRAMES_BESIDE, CLEAR = 0.78, (0, 2, 5, 8), 0.95
 BLANK_DEVIATION = 6.0  # of luma levels; flatter frames show nothing
 LUMA = HEIGHT * WIDTH
 
@@ -51,6 +54,7 @@ class Watcher:
     self._logits: list[np.ndarray] = []
     self._levels: list[tuple[float, float, float]] = []  # difference, mean and deviation of luma, a frame
     self._layouts: list[np.ndarray] = []
+    self._palettes: list[np.ndarray] = []
 
   def look(self, frame: av.VideoFrame) -> None:
     self.look_at(thumbnail(frame))
@@ -62,6 +66,7 @@ class Watcher:
     mean, deviation = cv2.meanStdDev(luma)
     self._levels.append((difference, mean.item(), deviation.item()))
     self._layouts.append(cv2.resize(luma, (16, 8), interpolation=cv2.INTER_AREA).reshape(-1))
+    self._palettes.append(palette(shown))
     self._last = luma
     if self._seen % self._stride == 0:
       self._waiting.append(shown)
@@ -85,6 +90,7 @@ class Watcher:
     difference, mean, deviation = np.array(self._levels).reshape(-1, 3).T
     layouts = np.stack(self._layouts) if self._layouts else np.zeros((0, 128), np.uint8)
     found = transitions(logits, difference, deviation, layouts, self._stride)
+    found = [t for t in found if not _one_shot(t, self._palettes)]
     return Found(found, None, _statistics(logits, difference, mean, deviation, self._stride))
 
 
@@ -169,6 +175,37 @@ def _one_scene(transition: Transition, layouts_TC: np.ndarray) -> bool:
   a, b = layouts_TC[list(sides)].astype(np.float64)
   ranks = [np.argsort(np.argsort(x, kind="stable")).astype(np.float64) for x in (a, b)]
   return (_correlation(a, b) + _correlation(*ranks)) / 2 > SAME
+
+
+def palette(shown: np.ndarray) -> np.ndarray:
+  """How many of a thumbnail's 512 chroma samples have each of 4 x 8 x 8 colours, uint16 (256,).
+
+  Blue and red chroma are told apart finely where they are faint, as most are.
+  """
+  luma = cv2.resize(shown[:LUMA].reshape(HEIGHT, WIDTH), (WIDTH // 2, HEIGHT // 2), interpolation=cv2.INTER_AREA)
+  colours = (
+    _LUMA_LEVEL[luma.reshape(-1)] + _BLUE_LEVEL[shown[LUMA : LUMA * 5 // 4]] + _RED_LEVEL[shown[LUMA * 5 // 4 :]]
+  )
+  return np.bincount(colours, minlength=256).astype(np.uint16)
+
+
+_CHROMA_LEVELS = np.digitize(np.arange(256), 128 + np.array([-32, -16, -6, 0, 6, 16, 32]))
+_LUMA_LEVEL, _BLUE_LEVEL, _RED_LEVEL = np.arange(256) // 64 * 64, _CHROMA_LEVELS * 8, _CHROMA_LEVELS
+
+
+def _one_shot(transition: Transition, palettes: list[np.ndarray]) -> bool:
+  """Whether an unclear dissolve or wipe has the same colours on both sides: something moves past, the shot goes on.
+
+  The likeness is the Bhattacharyya coefficient of the frames within a third of a second before and behind. Fades and
+  cuts are left alone: they may return to the same scene.
+  """
+  if transition.kind in ("cut", "fade") or transition.confidence >= CLEAR:
+    return False
+  last = len(palettes) - 1
+  before = [np.sqrt(palettes[max(0, transition.start_frame - k)]) for k in FRAMES_BESIDE]
+  behind = [np.sqrt(palettes[min(last, transition.end_frame + k)]) for k in FRAMES_BESIDE]
+  a, b = np.mean(before, axis=0), np.mean(behind, axis=0)
+  return float(a @ b / np.sqrt((a @ a) * (b @ b))) >= PALETTE
 
 
 def _correlation(a: np.ndarray, b: np.ndarray) -> float:

@@ -211,78 +211,88 @@ def joint(table: RunTable, within: float = JOINT_WITHIN) -> Laws:
     raise DataError("laws of learning rate and batch need the columns lr and batch_tokens")
   every = groups(table)
   near = [rows[table.loss[rows] <= table.loss[rows].min() * (1 + within)] for rows in every]
-  rows, cell = np.concatenate(near), np.repeat(np.arange(len(every)), [len(part) for part in near])
-  z = np.log(np.stack([table.lr[rows], table.batch_tokens[rows]], axis=1))
-  a = np.log(np.stack([table.params[rows], table.tokens[rows]], axis=1))
-  z0, a0 = z.mean(axis=0), a.mean(axis=0)
-  x, a = z - z0, np.concatenate([np.ones((len(rows), 1)), a - a0], axis=1)
-  squares = np.stack([x[:, 0] ** 2 / 2, x[:, 1] ** 2 / 2, x[:, 0] * x[:, 1]], axis=1)
-  X = np.concatenate([squares, x[:, :1] * a, x[:, 1:] * a, np.eye(len(every))[cell]], axis=1)
-  y = np.log(table.loss[rows])
-  if np.linalg.matrix_rank(X) < X.shape[1] or len(y) <= X.shape[1]:
-    raise DataError(
-      f"{len(y)} runs within {within:.0%} of the best of their (N, T) do not span a common quadratic in lr and batch"
-    )
-  c, _, _, _ = np.linalg.lstsq(X, y, rcond=None)
-  H, G, levels = np.array([[c[0], c[2]], [c[2], c[1]]]), c[3:9].reshape(2, 3), c[9:]
-  if np.linalg.eigvalsh(H)[0] <= 0:
-    raise DataError(
-      "the quadratic in lr and batch that all (N, T) share has no minimum (Hessian not positive definite)"
-    )
-  error = y - X @ c
-  dof = len(y) - X.shape[1]
-  noise = float(np.sqrt((error**2).sum() / dof))
-  inverse = np.linalg.inv(X.T @ X)
-  runs, of = np.unique(table.run[rows], return_inverse=True)
-  scores = np.zeros((len(runs), X.shape[1]))
-  np.add.at(scores, of, X * error[:, None])
-  covariance = inverse @ (scores.T @ scores) @ inverse * len(runs) / max(len(runs) - 9, 1)
-  E = -np.linalg.solve(H, G)  # z* - z0 = E a
-  # d E = -H^-1 (dG + dH E), for each of the nine coefficients.
-  slope = np.zeros((2, 3, X.shape[1]))
-  for k, dH in enumerate(([[1, 0], [0, 0]], [[0, 0], [0, 1]], [[0, 1], [1, 0]])):
-    slope[:, :, k] = -np.linalg.solve(H, np.array(dH) @ E)
-  for k in range(6):
-    slope[:, :, 3 + k] = -np.linalg.solve(H, np.eye(6)[k].reshape(2, 3))
-  back = np.array([[1.0, -a0[0], -a0[1]], [0, 1, 0], [0, 0, 1]])  # from centred logs to raw ones
+  bowl = _Bowl.fit(table, near)
+  found = tuple(bowl.cell(table, k, group, len(near[k])) for k, group in enumerate(every))
+  lr, batch = bowl.law(0, len(every)), bowl.law(1, len(every))
+  runs = sum(len(rows) for rows in near)
+  warnings = [f"too few (N, T) have a quadratic of their own; all share one curvature, from {runs} readings of runs"]
+  below = [float(batch.law(params=c.params, tokens=c.tokens)) < table.batch_tokens[c.rows].min() for c in found]
+  if any(below):
+    warnings.append(f"the best batch of {sum(below)} of {len(found)} (N, T) lies below all that were run")
+  return Laws(lr, batch, bowl.H, float(-bowl.H[0, 1] / bowl.H[0, 0]), found, (), tuple(warnings))
 
-  def law(k: int) -> loglinear.PowerFit:
-    estimate = back @ E[k] + np.array([z0[k], 0, 0])
-    J = back @ slope[k]
-    return loglinear.PowerFit(
-      ("params", "tokens"), estimate, J @ covariance @ J.T, float(max(len(runs) - 9, 1)), noise, len(y)
-    )
 
-  found = []
-  for k, group in enumerate(every):
-    first = group[table.loss[group].argmin()]
-    at = np.array([1.0, *(np.log([table.params[first], table.tokens[first]]) - a0)])
-    vertex = E @ at
-    batches = np.log(table.batch_tokens[group]) - z0[1]
+@dataclasses.dataclass(frozen=True)
+class _Bowl:
+  """The form of `joint`, fitted; logs are centred: z - z0 = (log lr, log B), a = (1, (log N, log T) - a0).
+
+  Attributes:
+    z0, a0: the centres. H, G, levels: the coefficients. noise: standard deviation of a run's log loss.
+    covariance: (9, 9) of those of H (rates, batches, mixed) and G. runs: how many.
+  """
+
+  z0: np.ndarray
+  a0: np.ndarray
+  H: np.ndarray
+  G: np.ndarray
+  levels: np.ndarray
+  noise: float
+  covariance: np.ndarray
+  runs: int
+
+  @classmethod
+  def fit(cls, table: RunTable, near: list[np.ndarray]) -> "_Bowl":
+    """To the rows of each cell."""
+    assert table.lr is not None and table.batch_tokens is not None
+    rows, cell = np.concatenate(near), np.repeat(np.arange(len(near)), [len(part) for part in near])
+    z = np.log(np.stack([table.lr[rows], table.batch_tokens[rows]], axis=1))
+    a = np.log(np.stack([table.params[rows], table.tokens[rows]], axis=1))
+    z0, a0 = z.mean(axis=0), a.mean(axis=0)
+    x, a = z - z0, np.concatenate([np.ones((len(rows), 1)), a - a0], axis=1)
+    squares = np.stack([x[:, 0] ** 2 / 2, x[:, 1] ** 2 / 2, x[:, 0] * x[:, 1]], axis=1)
+    X = np.concatenate([squares, x[:, :1] * a, x[:, 1:] * a, np.eye(len(near))[cell]], axis=1)
+    y = np.log(table.loss[rows])
+    if np.linalg.matrix_rank(X) < X.shape[1] or len(y) <= X.shape[1]:
+      raise DataError(f"{len(y)} runs near the best of their (N, T) do not span a common quadratic in lr and batch")
+    c, _, _, _ = np.linalg.lstsq(X, y, rcond=None)
+    H = np.array([[c[0], c[2]], [c[2], c[1]]])
+    if np.linalg.eigvalsh(H)[0] <= 0:
+      raise DataError("the quadratic that all (N, T) share has no minimum (Hessian not positive definite)")
+    error = y - X @ c
+    runs, of = np.unique(table.run[rows], return_inverse=True)
+    scores = np.zeros((len(runs), X.shape[1]))
+    np.add.at(scores, of, X * error[:, None])
+    bread = np.linalg.inv(X.T @ X)
+    covariance = bread @ (scores.T @ scores) @ bread * len(runs) / max(len(runs) - 9, 1)
+    noise = float(np.sqrt((error**2).sum() / (len(y) - X.shape[1])))
+    return cls(z0, a0, H, c[3:9].reshape(2, 3), c[9:], noise, covariance[:9, :9], len(runs))
+
+  @property
+  def line(self) -> np.ndarray:
+    """(2, 3): z* - z0 over a."""
+    return -np.linalg.solve(self.H, self.G)
+
+  def law(self, k: int, points: int) -> loglinear.PowerFit:
+    """The law of the rate (0) or the batch (1), in raw counts; d line = -H^-1 (dH line + dG)."""
+    changes = [np.array(dH) @ self.line for dH in ([[1, 0], [0, 0]], [[0, 0], [0, 1]], [[0, 1], [1, 0]])]
+    changes += [part.reshape(2, 3) for part in np.eye(6)]
+    slope = np.stack([-np.linalg.solve(self.H, change)[k] for change in changes], axis=1)
+    back = np.array([[1.0, -self.a0[0], -self.a0[1]], [0, 1, 0], [0, 0, 1]])
+    estimate = back @ self.line[k] + np.array([self.z0[k], 0, 0])
+    spread = back @ slope @ self.covariance @ slope.T @ back.T
+    return loglinear.PowerFit(("params", "tokens"), estimate, spread, float(max(self.runs - 9, 1)), self.noise, points)
+
+  def cell(self, table: RunTable, k: int, rows: np.ndarray, near: int) -> Cell:
+    """The k-th (N, T) at its minimum, or at the border of its batches."""
+    assert table.batch_tokens is not None
+    params, tokens = float(table.params[rows[0]]), float(table.tokens[rows[0]])
+    a = np.array([1.0, *(np.log([params, tokens]) - self.a0)])
+    vertex, batches = self.line @ a, np.log(table.batch_tokens[rows]) - self.z0[1]
     batch = float(np.clip(vertex[1], batches.min(), batches.max()))
-    best = np.array([vertex[0] - H[0, 1] / H[0, 0] * (batch - vertex[1]), batch])
-    loss = float(np.exp(levels[k] + best @ H @ best / 2 + best @ G @ at))
-    lr, batch_tokens = np.exp(best + z0)
-    found.append(
-      Cell(
-        float(table.params[first]),
-        float(table.tokens[first]),
-        group,
-        float(lr),
-        float(batch_tokens),
-        loss,
-        H,
-        noise=noise,
-        near=len(near[k]),
-      )
-    )
-  laws = law(0), law(1)
-  least = [float(laws[1].law(params=cell.params, tokens=cell.tokens)) for cell in found]
-  below = sum(value < table.batch_tokens[cell.rows].min() for cell, value in zip(found, least, strict=True))
-  warnings = [f"too few (N, T) have a quadratic of their own; all share one curvature, from {len(y)} runs"]
-  if below:
-    warnings.append(f"the best batch of {below} of {len(found)} (N, T) lies below all that were run")
-  return Laws(*laws, H, float(-H[0, 1] / H[0, 0]), tuple(found), (), tuple(warnings))
+    z = np.array([vertex[0] - self.H[0, 1] / self.H[0, 0] * (batch - vertex[1]), batch])
+    loss = float(np.exp(self.levels[k] + z @ self.H @ z / 2 + z @ self.G @ a))
+    lr, batch_tokens = map(float, np.exp(z + self.z0))
+    return Cell(params, tokens, rows, lr, batch_tokens, loss, self.H, noise=self.noise, near=near)
 
 
 def tuned(table: RunTable) -> RunTable:
