@@ -88,12 +88,14 @@ class Pace:
     Raises:
       StoppedError: `stop` was called.
     """
-    with self._lock:
-      turn = max(self._next, time.monotonic())
-      self._next = turn + amount * self._distance_s
-    self.rest(turn - time.monotonic())
-    while (left := self._held - time.monotonic()) > 0:  # a pause that was asked for in the meantime
-      self.rest(left)
+    while True:
+      with self._lock:
+        turn = max(self._next, time.monotonic())
+        self._next = turn + amount * self._distance_s
+      self.rest(turn - time.monotonic())
+      if self._held <= turn:
+        return
+      # A pause was asked for while this caller waited: it takes another turn, behind the pause.
 
   def hold(self, seconds: float) -> None:
     """Nobody's turn comes within the next `seconds`."""

@@ -22,7 +22,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 
 from kling_jax import cli, web
-from kling_jax.data import fetch, quarantine
+from kling_jax.data import download, fetch, quarantine
 from kling_jax.data.download import DiskFullError, Limits
 from kling_jax.errors import DataError, UsageError
 
@@ -148,6 +148,24 @@ def test_a_server_that_ignores_or_misreads_ranges_does_no_harm(tmp_path, serve) 
 
   server = serve(answer)
   assert run(tmp_path, [{"url": server.address("/f.mp4"), "sha256": SHA}], tries=5).fetched == 1
+
+
+def test_a_part_that_was_whole_is_not_fetched_again(tmp_path, serve) -> None:
+  """A kill between the last byte and the rename."""
+
+  def answer(handler: loopback.Handler, body: bytes) -> None:
+    if handler.headers.get("Range") == f"bytes={len(BODY)}-" and handler.headers.get("If-Range") == '"v1"':
+      handler.say(416, Content_Range=f"bytes */{len(BODY)}")
+    else:
+      handler.cut()
+
+  server = serve(answer)
+  url = server.address("/f.mp4")
+  (tmp_path / "out").mkdir()
+  (tmp_path / "out" / f".{download.key(url)}.part").write_bytes(BODY)
+  (tmp_path / "out" / f".{download.key(url)}.json").write_text('{"validator": "\\"v1\\""}')
+  assert run(tmp_path, [{"url": url, "sha256": SHA}]).fetched == 1 and len(server.seen) == 1
+  assert list(files(tmp_path).values()) == [BODY]
 
 
 FAILURES = {

@@ -93,8 +93,8 @@ class Room:
 
 
 def key(url: str) -> str:
-  """12 hexadecimal digits that stand for an address, in file names and tables."""
-  return hashlib.sha256(url.encode("utf-8", "replace")).hexdigest()[:12]
+  """16 hexadecimal digits that stand for an address, in file names and tables."""
+  return hashlib.sha256(url.encode("utf-8", "replace")).hexdigest()[:16]
 
 
 class Download:
@@ -182,6 +182,8 @@ class Download:
     with requests.Session() as session, self._follow(session, headers) as response:
       status = response.status_code
       if status == 416:
+        if validator and response.headers.get("Content-Range") == f"bytes */{have}":
+          return ""  # the part is the whole file: an earlier run was killed before it could name it
         self._forget()
         raise web.TransientError("the server has no such range any more")
       if status in web.TRANSIENT:
