@@ -285,6 +285,14 @@ def test_a_server_that_is_gone_ends_the_run_and_what_came_is_kept(clips, serve) 
   assert summary.captioned == {"server": 5} and len(server.seen) - asked == 3
 
 
+def test_a_run_in_which_nothing_succeeds_ends_soon(clips, serve, monkeypatch: pytest.MonkeyPatch) -> None:
+  monkeypatch.setattr(caption, "HOPELESS", 3)
+  server = serve(lambda handler, body: handler.say(400, b"use max_completion_tokens instead of max_tokens"))
+  with pytest.raises(DataError, match="the first 3 clips failed, the last: server: .* max_completion_tokens"):
+    caption.run(clips, options(server, concurrency=1))
+  assert len(server.seen) <= 4
+
+
 def test_hostile_captions_are_plain_bounded_text(clips, serve) -> None:
   evil = PARTS | {"subject": "<script>\x00\x1b]0;x\x07\u202eab\ud83d\n\n" + "z" * 10**5, "world": "'; DROP TABLE"}
   caption.run(clips, options(serve(lambda handler, body: handler.say(200, completion(evil)))))

@@ -28,6 +28,7 @@ from kling_jax.data.source import ClipSource
 CAPTIONERS = ("server", "facts", "sidecar")
 JOURNALS = "captions"  # folder in a set
 GIVE_UP = 5  # clips in a row that cannot reach the server end the run
+HOPELESS = 8  # clips that all fail, before one succeeds, end the run: the fault is not theirs
 
 __all__ = ["CAPTIONERS", "FORMATS", "Captioner", "Options", "Sidecar", "Summary", "run"]
 
@@ -253,7 +254,7 @@ def _captions(
   source: ClipSource, todo: Sequence[int], captioners: Sequence[Captioner], options: Options, pace: web.Pace
 ) -> Iterator[tuple[int, Caption, str]]:
   """Yields (index, caption or an empty one, why it failed) as they come; a few more than run at a time are waiting."""
-  in_a_row = 0
+  in_a_row, failed, succeeded = 0, 0, False
   pool = concurrent.futures.ThreadPoolExecutor(options.concurrency)
   running: dict[concurrent.futures.Future[tuple[Caption, str, bool]], int] = {}
   waiting = iter(todo)
@@ -272,6 +273,9 @@ def _captions(
           in_a_row = in_a_row + 1 if unreachable else 0
           if in_a_row >= GIVE_UP:
             raise errors.DataError(f"{why}; {in_a_row} clips in a row: start again when the server is back")
+          failed, succeeded = failed + bool(why and not caption), succeeded or not why
+          if failed >= HOPELESS and not succeeded:
+            raise errors.DataError(f"the first {failed} clips failed, the last: {why}")
           if why and not caption:
             print(f"kling: no caption for {source.info(index).video_id!r} {index}: {why}", file=sys.stderr)
           line.advance()
