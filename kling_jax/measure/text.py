@@ -20,9 +20,9 @@ LEAST_HEIGHT, MOST_HEIGHT = 7, 64  # pixels at 480 on the shorter side
 LEAST_LETTERS = 4
 UNMOVED = 0.7  # share of a letter's pixels that must be the same in the next frame
 MOVED = 12  # levels
-SPREAD, SOFT = 12, 0.25  # most deviation within a letter: levels, and of its contrast for its soft edges
+SPREAD, SOFT = 20, 0.25  # most deviation within a letter: levels, and of its contrast for its soft edges
 WITHIN_WORDS = 0.5  # least share of the gaps that are narrow, as between the letters of a word
-INTRUDERS = 0.25  # shapes that reach into a line from above or below, for each of its letters
+INTRUDERS = 0.4  # shapes that reach into a line from above or below, for each of its letters
 
 
 def text(sample: Sample) -> dict[str, float]:
