@@ -341,6 +341,36 @@ def test_a_killed_run_goes_on_and_asks_nothing_twice(clips, serve) -> None:
   assert verify.verify(clips).ok
 
 
+@pytest.mark.drill
+def test_kills_at_any_time_lose_only_what_is_on_its_way(media, serve, tmp_path) -> None:
+  """A clip is asked about again only if the kill met its answer on the way: at most three a kill, one a thread."""
+  with records.RecordWriter(tmp_path / "set", "r") as writer:
+    for k in range(60):
+      writer.write(record.ClipRecord(f"{k:032x}", "v", "/v", 20 * k, 20 * k + 20, "1/10", 10.0, 64, 48, 20), media[0])
+
+  def answer(handler: loopback.Handler, body: bytes) -> None:
+    time.sleep(0.1)
+    handler.say(200, completion(PARTS, prompt=7, done=3))
+
+  server = serve(answer)
+  flags = ["--url", server.address("/v1"), "--model", "m", "--concurrency", "3", "--json"]
+  command = [sys.executable, "-m", "kling_jax", "caption", "--input", str(tmp_path / "set"), *flags]
+  kills = 0
+  for wanted in (4, 11, 25, 26, 44):
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while len(server.seen) < wanted + 3 * kills and process.poll() is None and time.monotonic() < deadline:
+      time.sleep(0.01)
+    kills += process.poll() is None
+    process.kill()
+    process.wait()
+  done = subprocess.run(command, capture_output=True, text=True, check=True)
+  summary = json.loads(done.stdout)
+  assert kills == 5 and summary["captioned"] == {"server": 60} and summary["answers"] == 60
+  assert (summary["prompt_tokens"], summary["completion_tokens"]) == (420, 180)
+  assert 60 <= len(server.seen) <= 60 + 3 * kills and verify.verify(tmp_path / "set").ok
+
+
 JSON = st.recursive(
   st.none() | st.booleans() | st.floats() | st.text(max_size=9),
   lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from([*PARTS, "x"]), inner, max_size=7),
