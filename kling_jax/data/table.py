@@ -114,7 +114,7 @@ class TableSource(folder.FileClips):
     if not isinstance(url, str) or not url:
       raise _BadRow("unreadable", "the url is empty")
     if url.startswith(("http://", "https://")):
-      raise _BadRow("unreadable", "a web address; download the video and put its local path into the column url")
+      raise _BadRow("unreadable", "a web address; `kling fetch` downloads it; put its local path into the column url")
     why = quarantine_lib.hostile(url)
     if not why and ".." in pathlib.PurePath(url).parts:
       why = "the path climbs out of its folder with '..'; give `root`, or an absolute path"
