@@ -12,7 +12,7 @@ import numpy as np
 from kling_jax import progress
 
 EXACT = 60_000  # vectors up to which all pairs are compared
-PROBES = 16  # cells that a vector is compared with
+PROBES = 8  # cells that a vector is compared with
 _BLOCK, _WIDE = 2048, 8192  # rows and columns of a product
 _ROUNDS, _PER_CELL = 6, 64  # of k-means, and its vectors a centre
 MOST = 24  # neighbours of a vector that are kept of a block or cell, the nearest ones
