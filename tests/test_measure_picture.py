@@ -1,7 +1,9 @@
 """Damage, light, borders, stillness, text and marks of clips against closed forms and edits that are known."""
 
+import io
 import itertools
 
+import av
 import cv2
 import numpy as np
 import pytest
@@ -253,3 +255,19 @@ def test_one_frame_and_small_ones_are_measured_as_far_as_they_go():
   frame = np.random.default_rng(0).integers(0, 256, (1, 32, 48, 3), np.uint8)
   single = measure.score_media(encode.encode(frame, fps=5))
   assert "brightness" in single and "motion" not in single and "static" not in single
+
+
+def test_a_stream_that_changes_its_size_midway_is_measured():
+  streams = []
+  for width in (320, 160):
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="h264") as container:
+      stream = container.add_stream("libx264", rate=12)
+      stream.width, stream.height, stream.pix_fmt = width, 120, "yuv420p"
+      for luma in panned(12):
+        grey = np.rint(cv2.resize(luma, (width, 120))).astype(np.uint8)
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(np.repeat(grey[..., None], 3, -1), "rgb24")))
+      container.mux(stream.encode(None))
+    streams.append(buffer.getvalue())
+  scores = measure.score_media(b"".join(streams))
+  assert {"motion", "text", "camera_pan", "noise", "static"} <= scores.keys()

@@ -253,10 +253,13 @@ def _look(
       seen.vectors += vectors_of(frame)
     if number in firsts or number in seconds[CLOSELY]:
       luma = _luma(frame)
+      small = at_most(luma, LUMA_SIDE)
+      if seen.luma and small.shape != seen.luma[0].shape:  # streams may change size midway
+        small = cv2.resize(small, seen.luma[0].shape[::-1], interpolation=cv2.INTER_AREA)
       if number in seconds[CLOSELY]:
-        seen.later.append(at_most(luma, LUMA_SIDE))
+        seen.later.append(small)
       if number in firsts:
-        seen.luma.append(at_most(luma, LUMA_SIDE))
+        seen.luma.append(small)
       if number in firsts[CLOSELY]:
         seen.crops.append(_crop(luma).copy())
 

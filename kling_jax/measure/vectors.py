@@ -35,13 +35,15 @@ def motion_vectors(sample: Sample) -> dict[str, float]:
 
 
 def mean_length(frames: Sequence[Vectors]) -> np.ndarray:
-  """Mean over frames of |vector| / (height + width), float64, one value a cell of 4 x 4 pixels; zero where none is."""
-  total = None
-  for vectors in frames:
-    length_HW = np.hypot(*np.moveaxis(painted(vectors), -1, 0)) / (vectors.height + vectors.width)
-    total = length_HW if total is None else total + length_HW
-  assert total is not None  # callers have frames
-  return total / len(frames)
+  """Mean over frames of |vector| / (height + width), float64, one value a cell of 4 x 4 pixels; zero where none is.
+
+  Frames of another size than the first (streams may change it midway) do not count.
+  """
+  size = frames[0].height, frames[0].width
+  alike = [vectors for vectors in frames if (vectors.height, vectors.width) == size]
+  return np.mean(
+    [np.hypot(*np.moveaxis(painted(vectors), -1, 0)) / sum(size) for vectors in alike], axis=0, dtype=float
+  )
 
 
 def painted(vectors: Vectors) -> np.ndarray:
