@@ -222,7 +222,7 @@ def test_rows_that_are_no_clip_are_refused_with_their_number(videos: pathlib.Pat
   }
   assert len(quarantine.read(videos / "q.jsonl")) == 8
   pq.write_table(pa.Table.from_pylist([{"url": "http://a/b"}]), videos / "t.parquet")
-  with pytest.raises(errors.DataError, match="download the video"):
+  with pytest.raises(errors.DataError, match="kling fetch"):
     table.TableSource(videos / "t.parquet")
 
 
