@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from kling_jax import measure
-from kling_jax.data import encode
+from kling_jax.data import decode, encode
 from kling_jax.measure import degradation, light, sample, stillness, text, watermark
 
 TIMES = np.arange(16) / 10
@@ -220,8 +220,6 @@ def media() -> bytes:
 
 
 def test_a_sample_of_a_file_is_what_asking_for_its_times_gives(media):
-  from kling_jax.data import decode
-
   seen = sample.of_media(media)
   assert len(seen.pairs) == len(seen.luma) == 8 and len(seen.triples) == len(seen.later) == len(seen.crops) == 4
   np.testing.assert_array_equal(seen.frames_THWC, decode.frames_at(media, seen.times_s, 240, 320))
@@ -236,12 +234,18 @@ def test_a_sample_of_a_file_is_what_asking_for_its_times_gives(media):
   assert len(seen.thumbs_FHW) == 40 and set(seen.runs) == {0}
 
 
-def test_long_clips_are_looked_at_in_places_only_with_the_same_result(media, monkeypatch):
+@pytest.mark.parametrize("steady", [True, False])
+def test_long_clips_are_looked_at_in_places_only_with_the_same_result(steady, media, monkeypatch):
+  if not steady:  # variable frame rate: some frames stand for half a second
+    steps = np.random.default_rng(4).choice([0.04, 0.04, 0.1, 0.5], 40)
+    frames = [np.repeat(np.rint(luma).astype(np.uint8)[..., None], 3, -1) for luma in panned(40, step=3)]
+    media = encode.encode(frames, times_s=np.cumsum(steps), keyframe_every=8)
   whole = sample.of_media(media)
+  np.testing.assert_array_equal(whole.frames_THWC, decode.frames_at(media, whole.times_s, 240, 320))
   monkeypatch.setattr(sample, "WHOLE_S", 1.0)
   places = sample.of_media(media)
   np.testing.assert_array_equal(places.frames_THWC, whole.frames_THWC)
-  for a, b in zip(places.crops, whole.crops, strict=True):
+  for a, b in zip(places.crops + places.later, whole.crops + whole.later, strict=True):
     np.testing.assert_array_equal(a, b)
   assert len(places.vectors) == len(whole.vectors)
 

@@ -265,9 +265,9 @@ def _look(
 
   number = 0
   for run, (start, end) in enumerate(_spans(targets, info)):
-    shown: av.VideoFrame | None = None
-    for pts, frame in cursor.span(int(start), int(end)):
-      while number < len(targets) and shown is not None and targets[number] < pts:
+    shown = cursor.shown_at(start - 1)  # a long frame may begin before the span
+    for pts, frame in cursor.span(start, end):
+      while number < len(targets) and targets[number] < pts:
         take(number, shown)
         number += 1
       if number < len(targets) and targets[number] >= pts:
@@ -276,7 +276,7 @@ def _look(
       seen.thumb_times_s.append(video.seconds(pts - origin))
       seen.runs.append(run)
     while number < len(targets) and targets[number] < end:
-      take(number, shown if shown is not None else cursor.shown_at(int(targets[number])))
+      take(number, shown)
       number += 1
   return seen
 
