@@ -83,12 +83,12 @@ def curate(input: str | os.PathLike[str], output: str | os.PathLike[str], option
   if output == pathlib.Path(os.path.abspath(input)):
     raise UsageError(f"--output {output} is the input folder; name another one")
   clock = time.perf_counter()
+  found = inputs.find(input, output / STAGING, method=options.recipe.method, videos=options.videos)
+  if found.counts is not None and (found.counts.absent or found.counts.damaged):
+    print(f"kling: {found.counts.text(found.table)}", file=sys.stderr)
+  if found.captions:
+    folder.Captions(found.captions)  # a damaged table is an error now, not a quarantined video each
   with _locked(output):
-    found = inputs.find(input, output / STAGING, method=options.recipe.method, videos=options.videos)
-    if found.counts is not None and (found.counts.absent or found.counts.damaged):
-      print(f"kling: {found.counts.text(found.table)}", file=sys.stderr)
-    if found.captions:
-      folder.Captions(found.captions)  # a damaged table is an error now, not a quarantined video each
     _claim(output, options.recipe)
     run = _Run(output, found, options)
     try:

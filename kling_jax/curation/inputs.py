@@ -5,6 +5,7 @@ A video in a tar has the path TAR/member. It is copied out when a worker looks a
 
 import contextlib
 import dataclasses
+import hashlib
 import os
 import pathlib
 import tempfile
@@ -21,7 +22,6 @@ from kling_jax.data.span_index import Span, SpanCaptions
 from kling_jax.errors import DataError, UsageError
 
 TABLE = "table"  # the method that cuts the spans of a table
-INDEX = "spans.sqlite"
 _ROUNDING_S = 0.00051  # released time stamps are whole milliseconds
 
 
@@ -105,7 +105,9 @@ def _of_files(path: pathlib.Path) -> Inputs:
 def _of_table(path: pathlib.Path, staging: pathlib.Path, videos: pathlib.Path) -> Inputs:
   if not videos.is_dir():
     raise DataError(f"{videos}: no folder with the videos of {path}")
-  index = staging / INDEX
+  # Of its own for each table: a second run with another table, which is about to be refused, must not replace it.
+  mark = hashlib.sha256(os.fsencode(path) + b"\n" + os.fsencode(videos)).hexdigest()[:12]
+  index = staging / f"spans-{mark}.sqlite"
   counts, found = span_index.build(path, index, _locator(videos))
   if not found:
     damaged = f"; {counts.damaged} rows cannot be read, the first: {counts.first}" if counts.damaged else ""
