@@ -289,6 +289,21 @@ def test_moments_of_one_video_are_no_copies_of_each_other(media, tmp_path):
   assert len(dedup.dedup(tmp_path, workers=1)) == 0
 
 
+def test_a_clip_that_ends_its_process_is_left_out_alone(media, tmp_path, monkeypatch, capsys):
+  write(tmp_path, {name: (media[name], 1.0) for name in ("film0", "film1", "worse")})
+
+  def fragile(function, jobs, workers=None, **_):
+    for number, job in enumerate(jobs):
+      died = any(row["clip_id"] == "film1" for row in job["rows"])
+      yield number, engine.Failure("died", "a crash") if died else dedup.work(job)
+
+  monkeypatch.setattr(engine, "run", fragile)
+  [pair] = dedup.dedup(tmp_path).table.to_pylist()
+  assert {pair["clip_id"], pair["other"]} == {"film0", "worse"} and pair["offset_s"] == pytest.approx(-0.4, abs=0.2)
+  assert "film1: left out: a crash" in capsys.readouterr().err
+  assert set(pq.read_table(tmp_path / dedup.CACHE)["clip_id"].to_pylist()) == {"film0", "worse"}
+
+
 def test_loose_videos_are_grouped(media, tmp_path, capsys):
   for name, data in media.items():
     (tmp_path / f"{name}.mp4").write_bytes(data)

@@ -8,6 +8,7 @@ import base64
 import dataclasses
 import os
 import pathlib
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,6 +30,7 @@ WORK = "kling_jax.curation.dedup:work"
 BATCH = 16  # clips of a job
 NEAR_FRAME = 0.6  # cosine of two frames from which their clips are compared
 NEAR_EMBEDDING = 0.95
+_UNREAD = "unread "  # instead of a digest
 STATED = f"equal media, or {signature.NAME} {signature.VERSION} >= {signature.ALIKE:g}"
 _TWINS = 20  # clips of equal media of which all pairs are listed
 
@@ -136,7 +138,7 @@ def load(folder: str | os.PathLike[str], workers: int | None = None, kept: bool 
   missing = [row for row in table.select(["clip_id", "shard", "position"]).to_pylist() if row["clip_id"] not in cache]
   if missing:
     cache |= _take(folder, missing, workers)
-    _write_cache(folder / CACHE, cache)
+    _write_cache(folder / CACHE, {name: held for name, held in cache.items() if not held[0].startswith(_UNREAD)})
   digests = [cache[name][0] for name in ids]
   signatures = [Signature.from_bytes(cache[name][1]) if cache[name][1] else None for name in ids]
   starts, ends = (table[name].to_numpy() for name in ("start_s", "end_s"))
@@ -156,8 +158,16 @@ def _work_all(rows: list[dict[str, Any]], shared: dict[str, Any], workers: int |
   with progress.bar("signatures", len(rows)) as line:
     for index, answer in engine.run(WORK, jobs, workers):
       if isinstance(answer, engine.Failure):
-        first = next(iter(batches[index][0].values()))
-        raise DataError(f"the signatures of {first!r} and {len(batches[index]) - 1} others failed: {answer.detail}")
+        if len(batches[index]) > 1:  # one of them ends its process; the others shall not suffer
+          for row in batches[index]:
+            found |= _work_all([row], shared, 1)
+        else:
+          [row] = batches[index]
+          name = row["path"] if "path" in row else row["clip_id"]
+          print(f"kling: {name}: left out: {answer.detail}", file=sys.stderr)
+          found[name] = (f"{_UNREAD}{name}", b"")
+        line.advance(len(batches[index]))
+        continue
       for name, digest, data in answer["signatures"]:
         found[name] = (digest, base64.b64decode(data))
       line.advance(len(batches[index]))
@@ -200,6 +210,8 @@ def _read_cache(path: pathlib.Path) -> dict[str, tuple[str, bytes]]:
 
 
 def _write_cache(path: pathlib.Path, cache: dict[str, tuple[str, bytes]]) -> None:
+  if not cache:
+    return
   digests, data = zip(*cache.values(), strict=True)
   table = {"clip_id": pa.array(list(cache)), "media_sha256": pa.array(digests), "data": pa.array(data, pa.binary())}
   with files.whole(path) as temporary:

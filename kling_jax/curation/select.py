@@ -218,7 +218,7 @@ def _require(table: ClipColumns, rule: Rule, strict: bool) -> bool:
 # ---- sets ------------------------------------------------------------------------------------------------------------
 
 
-def load(source: str | os.PathLike[str], chosen: Sequence[Rule] = (), everything: bool = False) -> ClipColumns:
+def load(source: str | os.PathLike[str], chosen: Sequence[Rule] = ()) -> ClipColumns:
   """The columns of a set, or of a table file (.parquet, .csv, .jsonl), that rules may ask for.
 
   Long texts are read only where a rule names them.
@@ -233,7 +233,7 @@ def load(source: str | os.PathLike[str], chosen: Sequence[Rule] = (), everything
   named = {name for rule in chosen for name in rule.columns}
   try:
     found = pq.read_schema(folder / clip_table.TABLE).names
-    wanted = [name for name in found if everything or name not in _HEAVY or name in named]
+    wanted = [name for name in found if name not in _HEAVY or name in named]
     return ClipColumns(pq.read_table(folder / clip_table.TABLE, columns=wanted), path.name)
   except (pa.ArrowException, OSError) as error:
     raise DataError(f"{folder / clip_table.TABLE} cannot be read: {str(error).splitlines()[0]}") from error
