@@ -9,7 +9,8 @@ import pytest
 from scipy import stats
 
 from kling_jax.errors import DataError
-from kling_jax.scaling import loglinear, lr_batch, published, table
+from kling_jax.scaling import analysis, loglinear, lr_batch, published, table
+from kling_jax.scaling import fit as fit_lib
 
 ETA, BATCH = (3.0, -0.7, 0.3), (0.6, -0.1, 0.6)  # coefficient, exponents of N and T
 BOWL = np.array([[0.02, -0.006], [-0.006, 0.012]])
@@ -300,3 +301,24 @@ def test_runs_without_a_common_minimum_are_an_error_and_the_lowest_losses_stand(
     lr_batch.fit(runs)
   lowest = [runs.loss[group].min() for group in lr_batch.groups(runs)]
   np.testing.assert_allclose(lr_batch.tuned(runs).loss, lowest)
+
+
+def test_early_readings_can_be_left_out_of_the_surface_alone():
+  """Losses far above the law before T = 5e9 spoil the surface; left out of it, they still tell lr and batch."""
+  columns = coarse(1e-5)
+  columns["loss"] = [
+    loss * (1.5 if tokens < 5e9 else 1) for loss, tokens in zip(columns["loss"], columns["tokens"], strict=True)
+  ]
+  for n in (1e8, 3e8, 9e8):  # lone runs of later T, without a grid
+    for t in (6e10, 2e11):
+      level = 1.5 + 400 / n**0.35 + 500 / t**0.3
+      for name, value in (("params", n), ("tokens", t), ("loss", level), ("run", f"{n}{t}"),
+                          ("lr", optimum(ETA, n, t)), ("batch_tokens", optimum(BATCH, n, t))):  # fmt: skip
+        columns[name].append(value)
+  runs = table.from_columns(columns)
+  options = fit_lib.Options(draws=20)
+  spoiled, clean = (analysis.analyse(runs, options, least_tokens=least) for least in (0, 5e9))
+  assert len(spoiled.fit.table) == 15 and len(clean.fit.table) == 12
+  assert abs(clean.fit.surface.beta - 0.3) < 0.01 < abs(spoiled.fit.surface.beta - 0.3)
+  assert clean.hyper is not None and clean.hyper.lr.law.exponents["tokens"] == pytest.approx(0.3, abs=0.01)
+  assert any("left out" in warning for warning in clean.warnings)

@@ -5,19 +5,20 @@ grids alone would take 2 cores half a day.)
 
 Stage 1: learning rate x batch grids at the four smaller sizes, each run read at four T. Stage 2, when those have
 finished: laws of learning rate and batch are fitted to them; where these say, the four sizes are trained four times
-longer, for the loss surface, and the two larger sizes, held out of every fit, once. Beside the tuned arm stand those that the paper argues against, with the constants that the
-same stage-1 runs give them:
+longer, for the loss surface, and the two larger sizes, held out of every fit, once. Beside the tuned arm stand those
+that the paper argues against, with the constants that the same stage-1 runs give them:
 
   kaplan      small batch with more steps: the smallest batch of the grid, at its best learning rate for the size
               (at this scale the best batch is below two clips, so that this and the tuned arm ask for the same runs)
   chinchilla  one learning rate and batch for every run: the ones that are best on average over stage 1
   deepseek    learning rate and batch as power laws of C alone
 
-Expected: docs/results.md. Hardware: 2 cores, no accelerator; 1.5e13 FLOPs in the grids and about as much after them.
+Expected: docs/results.md, "A sweep on two cores". Hardware: 2 cores, no accelerator; 99 runs of 4.7e13 FLOPs, an hour and
+a half with two workers on a quiet machine.
 
   kling sweep run shapes_tiny --workdir runs/shapes_tiny
   kling sweep status shapes_tiny --workdir runs/shapes_tiny --points points.csv
-  kling sweep fit --table points.csv --out law
+  kling sweep fit --table points.csv --least_tokens 390000 --out law
 """
 
 import ml_collections

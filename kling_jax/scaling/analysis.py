@@ -136,7 +136,11 @@ class Analysis:
 
 
 def analyse(
-  table: RunTable, options: Options | None = None, flops: float | None = None, rule: FlopRule | None = None
+  table: RunTable,
+  options: Options | None = None,
+  flops: float | None = None,
+  rule: FlopRule | None = None,
+  least_tokens: float = 0.0,
 ) -> Analysis:
   """Fits and checks a table.
 
@@ -145,6 +149,7 @@ def analyse(
       losses, and laws of learning rate and batch are fitted.
     flops: budget to quote the optimum at; ten times the largest one by default.
     rule: how FLOPs are counted; the table's own rule by default, else 6NT.
+    least_tokens: rows of fewer tokens are left out of the surface (not out of the laws of learning rate and batch).
 
   Raises:
     DataError: a table that cannot carry the surface.
@@ -163,6 +168,9 @@ def analyse(
     except DataError as error:
       reason = str(error)
       warnings.append(f"no laws of learning rate and batch: {reason}")
+  if (table.tokens < least_tokens).any():
+    warnings.append(f"{(table.tokens < least_tokens).sum()} rows below {least_tokens:.4g} tokens are left out")
+    table = table.take(table.tokens >= least_tokens)
   fitted = fit_lib.fit(table, options)
   warnings += fitted.warnings
   target = flops or BEYOND * float(rule.flops(fitted.table.params, fitted.table.tokens).max())
@@ -204,7 +212,8 @@ def _fixed(raw: RunTable, fitted: Fit) -> Fixed:
   assert tuned.lr is not None and tuned.batch_tokens is not None
   cheapest = int((tuned.params * tuned.tokens).argmin())
   lr, batch = float(tuned.lr[cheapest]), float(tuned.batch_tokens[cheapest])
-  table = lr_batch.fixed(raw.fitted, lr, batch)
+  seen = raw.fitted.take(raw.fitted.tokens >= tuned.tokens.min() * (1 - 1e-9))
+  table = lr_batch.fixed(seen, lr, batch)
   surface, _ = fit_lib.point(table, fitted.options)
   rms = lambda of, law: float(np.sqrt(np.mean((of.loss - law(of.params, of.tokens)) ** 2)))
   return Fixed(

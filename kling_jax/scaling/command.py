@@ -62,6 +62,8 @@ def _add_table(parser: argparse.ArgumentParser, required: bool) -> None:
   parser.add_argument("--draws", type=int, default=1000, help="of the bootstrap (default: 1000)")
   parser.add_argument("--bootstrap", help="noise, or runs drawn with replacement (default: by the table)")
   parser.add_argument("--seed", type=int, default=0, help="of the draws")
+  parser.add_argument("--least_tokens", type=float, default=0.0, help="rows of fewer tokens are left out of the loss "
+                      "surface: early training does not follow it (default: 0)")  # fmt: skip
   parser.add_argument("--flop_rule", help="6nt, or cross_dit:CONTEXT with the tokens that one attends to "
                       "(default: the table's or the law's)")  # fmt: skip
 
@@ -101,7 +103,8 @@ def _analyse(args: argparse.Namespace) -> Any:
 
   options = Options(args.method, args.delta, args.draws, args.seed, args.bootstrap)
   rule = FlopRule.parse(args.flop_rule) if args.flop_rule else None
-  return analysis.analyse(table.read(args.table, _units(args.units)), options, args.flops, rule)
+  read = table.read(args.table, _units(args.units))
+  return analysis.analyse(read, options, args.flops, rule, args.least_tokens)
 
 
 def _units(words: list[str]) -> dict[str, float]:

@@ -173,8 +173,9 @@ def _linear(mu, mv, my, cuu, cvv, cuv, cuy, cvy, cyy) -> tuple[np.ndarray, np.nd
   best, coefficients = np.full(zero.shape, np.inf), np.zeros((*zero.shape, 3))
   for e, a, b in choices:
     # Mean squared residual about the mean, plus that of the mean; exact for any (e, a, b).
-    about = cyy - 2 * a * cuy - 2 * b * cvy + a * a * cuu + b * b * cvv + 2 * a * b * cuv
-    value = about + (my - e - a * mu - b * mv) ** 2
+    with np.errstate(over="ignore", invalid="ignore"):  # coefficients beyond all bounds, where columns nearly agree
+      about = cyy - 2 * a * cuy - 2 * b * cvy + a * a * cuu + b * b * cvv + 2 * a * b * cuv
+      value = about + (my - e - a * mu - b * mv) ** 2
     take = (e >= 0) & (a >= 0) & (b >= 0) & (value < best)
     best = np.where(take, value, best)
     coefficients = np.where(take[..., None], np.stack(np.broadcast_arrays(e, a, b), axis=-1), coefficients)
