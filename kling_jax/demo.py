@@ -101,8 +101,9 @@ def _motion(requests: list[sample.Request], clips: list[np.ndarray]) -> dict[str
   """Measured motion of the samples of each level in the unit of the scorer: mean and standard error."""
   times_s = np.arange(FRAMES) / FPS
   found: dict[str, list[float]] = {level: [] for level in LEVELS}
+  motion = measure.chosen(["motion"])
   for request, frames in zip(requests, clips, strict=True):
-    found[str(request.scores["motion"])].append(measure.score(frames, times_s)["motion"].value)
+    found[str(request.scores["motion"])].append(measure.score(frames, times_s, motion)["motion"].value)
   return {
     level: f"{np.mean(values):.3f} ± {np.std(values, ddof=1) / np.sqrt(len(values)):.3f}"
     for level, values in found.items()

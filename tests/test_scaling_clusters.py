@@ -10,10 +10,9 @@ import sys
 import pytest
 import yaml
 
-from kling_jax.errors import DataError, UsageError
+from kling_jax.errors import DataError, NoRoom, UsageError
 from kling_jax.scaling import clusters, executor
 from kling_jax.scaling.clusters import Gke, Needs, Slurm, Unreached
-from kling_jax.errors import NoRoom
 
 FAKE = """#!{python}
 import json, pathlib, sys

@@ -9,8 +9,7 @@ import time
 
 import pytest
 
-from kling_jax.errors import DataError
-from kling_jax.errors import NoRoom
+from kling_jax.errors import DataError, NoRoom
 from kling_jax.scaling.ledger import LeaseLost, Ledger, Limits
 
 ROOT = pathlib.Path(__file__).parents[1]

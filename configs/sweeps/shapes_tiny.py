@@ -13,8 +13,8 @@ that the paper argues against, with the constants that the same stage-1 runs giv
   chinchilla  one learning rate and batch for every run: the ones that are best on average over stage 1
   deepseek    learning rate and batch as power laws of C alone
 
-Expected: docs/results.md, "A sweep on two cores". Hardware: 2 cores, no accelerator; 99 runs of 4.7e13 FLOPs, an hour and
-a half with two workers on a quiet machine.
+Expected: docs/results.md, "A sweep on two cores". Hardware: 2 cores, no accelerator; 99 runs of 4.7e13 FLOPs, an hour
+and a half with two workers.
 
   kling sweep run shapes_tiny --workdir runs/shapes_tiny
   kling sweep status shapes_tiny --workdir runs/shapes_tiny --points points.csv

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from kling_jax import files, progress
+from kling_jax import files, measure, progress
 from kling_jax.curation import engine, inputs, journal, ray_engine, report, select, staging
 from kling_jax.curation import split as split_lib
 from kling_jax.curation import video as video_lib
@@ -29,7 +29,13 @@ ENGINES: dict[str, Callable[..., Iterator[engine.Answer]]] = {"local": engine.ru
 AHEAD = 64  # videos a worker may be ahead of the first one that is not done: bounds the staging folder
 COMMIT_SHARE = 0.02  # of the set's media that a commit waits for, because each one rewrites the table
 WORK = "kling_jax.curation.video:work"
-_REASONS = {"died": "decode_error", "killed": "out_of_memory", "memory": "out_of_memory", "deadline": "timeout", "raised": "decode_error"}
+_REASONS = {
+  "died": "decode_error",
+  "killed": "out_of_memory",
+  "memory": "out_of_memory",
+  "deadline": "timeout",
+  "raised": "decode_error",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +126,7 @@ def _check(options: Options) -> None:
     raise UsageError(f"max_seconds {recipe.max_seconds:g} must be at least twice min_seconds {recipe.min_seconds:g}")
   if not 0 <= recipe.crf <= 51 or (recipe.short_side is not None and recipe.short_side < 16):
     raise UsageError(f"crf {recipe.crf:g} (0 to 51) or short_side {recipe.short_side} (at least 16) is out of range")
+  measure.chosen([word.strip() for word in recipe.scorers.split(",")])  # an unknown one is an error now
   if options.engine not in ENGINES:
     raise UsageError(f"unknown engine {options.engine!r}{nearest(options.engine, ENGINES)}")
   if options.workers is not None and options.workers < 1:

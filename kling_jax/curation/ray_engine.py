@@ -81,7 +81,10 @@ def run(
             if tries[index] < engine.TRIES:
               waiting.appendleft((index, jobs[index]))
             else:
-              yield index, engine.Failure("died", f"{engine.TRIES} actors died over it, the last one so: {_line(error)}")
+              yield (
+                index,
+                engine.Failure("died", f"{engine.TRIES} actors died over it, the last one so: {_line(error)}"),
+              )
           continue
         crew[actor] = None
         give(actor)

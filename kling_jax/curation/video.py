@@ -34,6 +34,7 @@ class Recipe:
     short_side: clips are shrunk to this shorter side where the source is larger; None keeps the source's size.
     crf: quality of what is encoded to H.264, 0 (lossless) to 51.
     copy: keep the packets of H.264 sources wherever nothing has to change; see `data.cut`.
+    scorers: who measures, comma-separated; see `measure.chosen`.
   """
 
   method: str = "default"
@@ -43,6 +44,7 @@ class Recipe:
   short_side: int | None = 720
   crf: float = 18.0
   copy: bool = True
+  scorers: str = "default"
 
   @property
   def media(self) -> str:
@@ -99,6 +101,11 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
 
 
 @functools.lru_cache(maxsize=1)
+def _scorers(words: str) -> tuple[measure.Scorer, ...]:
+  return measure.chosen([word.strip() for word in words.split(",")])
+
+
+@functools.lru_cache(maxsize=1)
 def _captions(top: str) -> folder.Captions:
   return folder.Captions(top)
 
@@ -148,7 +155,7 @@ def _curate(
         )
         info = decode.probe(part.media, decode=False)
       with _timed(timings, "measure"):
-        scores = measure.score_media(part.media)
+        scores = measure.score_media(part.media, _scorers(recipe.scorers))
       span = video.seconds(piece.start), video.seconds(piece.end)
       clip = ClipRecord(
         clip_id=clip_id,

@@ -1,13 +1,13 @@
 """`kling sweep ACTION`: the flags of each action; what an action needs is imported when it runs."""
 
 import argparse
-import json
 import pathlib
 import shlex
 import sys
 from collections.abc import Callable
 from typing import Any
 
+from kling_jax import answers
 from kling_jax.errors import UsageError
 from kling_jax.scaling import sweep_command
 
@@ -30,21 +30,6 @@ def warn(warnings: tuple[str, ...]) -> None:
   """Prints each warning as one line on standard error."""
   for warning in warnings:
     print(f"kling: warning: {warning}", file=sys.stderr)
-
-
-def print_json(value: Any) -> None:
-  """Prints JSON on standard output; a figure that is not finite becomes null."""
-  json.dump(plain(value), sys.stdout, indent=1, allow_nan=False)
-  print()
-
-
-def plain(value: Any) -> Any:
-  """JSON-ready: figures that are not finite become None."""
-  if isinstance(value, dict):
-    return {key: plain(item) for key, item in value.items()}
-  if isinstance(value, list | tuple):
-    return [plain(item) for item in value]
-  return None if isinstance(value, float) and not abs(value) < float("inf") else value
 
 
 # ---- fit -----------------------------------------------------------------------------------------------------------
@@ -72,7 +57,7 @@ def _add_fit(parser: argparse.ArgumentParser) -> None:
   _add_table(parser, required=True)
   parser.add_argument("--flops", type=float, help="budget to quote the optimum at (default: 10 times the largest)")
   parser.add_argument("--out", help="folder for fit.json (what `predict --fit` reads), plots and index.html")
-  parser.add_argument("--json", action="store_true", help="machine-readable answer on standard output")
+  answers.add_flag(parser)
 
 
 def _fit(args: argparse.Namespace) -> int:
@@ -88,7 +73,7 @@ def _fit(args: argparse.Namespace) -> int:
     page = report.write(found, args.out, f"Scaling law of {pathlib.Path(args.table).name}")
     print(f"wrote {page}", file=sys.stderr)
   if args.json:
-    print_json(found.answer(args.flops))
+    answers.show(found.answer(args.flops))
   else:
     from kling_jax.scaling import analysis
 
@@ -138,7 +123,7 @@ def _add_predict(parser: argparse.ArgumentParser) -> None:
                       "(default: 1280, 17 frames of 256 x 256 in the codec of the video law)")  # fmt: skip
   parser.add_argument("--devices", type=int, default=1, help="devices that a batch is divided over (default: 1)")
   parser.add_argument("--out", metavar="F.py", help="write a config that `kling train` takes as it is")
-  parser.add_argument("--json", action="store_true", help="machine-readable answer on standard output")
+  answers.add_flag(parser)
 
 
 def _predict(args: argparse.Namespace) -> int:
@@ -175,7 +160,7 @@ def _predict(args: argparse.Namespace) -> int:
       print(f"wrote {args.out}", file=sys.stderr)
   warn(found.warnings)
   if args.json:
-    print_json(found.to_json())
+    answers.show(found.to_json())
   else:
     print(predict.text(found))
   return 0

@@ -158,10 +158,10 @@ def plan_text(answer: Mapping[str, Any]) -> str:
 
 def show(answer: Mapping[str, Any], text: Callable[[Mapping[str, Any]], str], as_json: bool) -> int:
   """Prints an answer; the exit code."""
-  from kling_jax.scaling import command
+  from kling_jax import answers
 
   if as_json:
-    command.print_json(answer)
+    answers.show(answer)
   else:
     print(text(answer), end="")
   return 0

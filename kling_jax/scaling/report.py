@@ -7,9 +7,9 @@ import pathlib
 import numpy as np
 
 from kling_jax import files, page
+from kling_jax.answers import plain
 from kling_jax.scaling import influence, plots
 from kling_jax.scaling.analysis import Analysis
-from kling_jax.scaling.command import plain
 from kling_jax.scaling.fit import PARAMETERS
 
 SHOWN = 25  # rows of a table

@@ -181,6 +181,7 @@ def add_status(parser: argparse.ArgumentParser) -> None:
 
 def status(args: argparse.Namespace) -> int:
   loaded, folder = _open(args)
+  from kling_jax import answers
   from kling_jax.scaling import command, points
   from kling_jax.scaling import status as status_lib
   from kling_jax.scaling.ledger import Ledger
@@ -196,7 +197,7 @@ def status(args: argparse.Namespace) -> int:
     dashboard.write(args.html, loaded, ledger, found)
     print(f"wrote {args.html}", file=sys.stderr)
   if args.json:
-    command.print_json(found.to_json())
+    answers.show(found.to_json())
   else:
     print(status_lib.text(found), end="")
     command.warn(found.warnings)
