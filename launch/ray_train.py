@@ -10,7 +10,6 @@ started again, it goes on from its last checkpoint.
 """
 
 import argparse
-import ctypes
 import os
 import signal
 import socket
@@ -22,6 +21,14 @@ from typing import Any
 from kling_jax.errors import KlingError, ProcessError, UsageError
 
 PASSED_ON = ("JAX_", "XLA_", "LIBTPU_")
+# `kling`, which gets SIGTERM when the process that started it dies (PR_SET_PDEATHSIG).
+TIED = """
+import ctypes, signal, sys
+if sys.platform == "linux":
+  ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+from kling_jax import cli
+sys.exit(cli.main())
+"""
 STRATEGIES = ("SPREAD", "STRICT_SPREAD", "PACK", "STRICT_PACK")
 
 
@@ -99,12 +106,8 @@ def _free_address() -> str:
 def _train(words: list[str], coordinator: str, count: int, index: int, passed: dict[str, str], folder: str) -> int:
   """The Ray task: one process of the job, which is told to save and leave when the task is cancelled or dies."""
   joining = {"JAX_COORDINATOR_ADDRESS": coordinator, "JAX_NUM_PROCESSES": str(count), "JAX_PROCESS_ID": str(index)}
-  tied = lambda: ctypes.CDLL(None).prctl(1, signal.SIGTERM) if sys.platform == "linux" else None  # PR_SET_PDEATHSIG
   process = subprocess.Popen(
-    [sys.executable, "-m", "kling_jax", "train", *words],
-    cwd=folder,
-    env={**os.environ, **passed, **joining},
-    preexec_fn=tied,
+    [sys.executable, "-c", TIED, "train", *words], cwd=folder, env={**os.environ, **passed, **joining}
   )
   while True:
     try:
