@@ -39,6 +39,9 @@ def _add_curate(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("--output", required=True, help="clip set to write; started again, it goes on")
   parser.add_argument("--engine", help="local (default), or ray: the CPUs of a Ray cluster")
   parser.add_argument("--workers", type=int, help="processes (default: one a core)")
+  parser.add_argument("--merge", type=float, metavar="COSINE", help="joins shots that a cut parts although its two "
+                      "sides look alike, e.g. 0.97 (default: never)")  # fmt: skip
+  parser.add_argument("--embedding", help="of --merge: colours (default), or package.module:function")
   parser.add_argument("--min_seconds", type=float, help="shortest clip (default: 1)")
   parser.add_argument("--max_seconds", type=float, help="longest clip (default: 10)")
   parser.add_argument("--min_side", type=int, help="smallest shorter side of a video in pixels (default: 32)")
@@ -60,7 +63,7 @@ def _curate(args: argparse.Namespace) -> int:
   from kling_jax.curation import curate, rules
   from kling_jax.curation.video import Recipe
 
-  names = ("method", "min_seconds", "max_seconds", "min_side", "short_side", "crf", "scorers")
+  names = ("method", "min_seconds", "max_seconds", "min_side", "short_side", "crf", "merge", "embedding", "scorers")
   given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
   if given.get("short_side") == 0:
     given["short_side"] = None

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from kling_jax import files, measure, progress
-from kling_jax.curation import engine, inputs, journal, ray_engine, report, select, staging
+from kling_jax.curation import engine, inputs, journal, merge, ray_engine, report, select, staging
 from kling_jax.curation import split as split_lib
 from kling_jax.curation import video as video_lib
 from kling_jax.curation.funnel import Funnel
@@ -127,6 +127,9 @@ def _check(options: Options) -> None:
   if not 0 <= recipe.crf <= 51 or (recipe.short_side is not None and recipe.short_side < 16):
     raise UsageError(f"crf {recipe.crf:g} (0 to 51) or short_side {recipe.short_side} (at least 16) is out of range")
   measure.chosen([word.strip() for word in recipe.scorers.split(",")])  # an unknown one is an error now
+  merge.embedding(recipe.embedding)
+  if recipe.merge is not None and not 0 < recipe.merge <= 1:
+    raise UsageError(f"merge {recipe.merge:g}: a cosine of embeddings is wanted, in (0, 1]")
   if options.engine not in ENGINES:
     raise UsageError(f"unknown engine {options.engine!r}{nearest(options.engine, ENGINES)}")
   if options.workers is not None and options.workers < 1:

@@ -15,6 +15,7 @@ import numpy as np
 
 from kling_jax import errors, measure
 from kling_jax.curation import inputs, split_cache, staging
+from kling_jax.curation import merge as merge_lib
 from kling_jax.curation import split as split_lib
 from kling_jax.data import caption, container, cut, decode, folder, quarantine, reasons, record
 from kling_jax.data.record import ClipRecord, Transition
@@ -34,6 +35,8 @@ class Recipe:
     short_side: clips are shrunk to this shorter side where the source is larger; None keeps the source's size.
     crf: quality of what is encoded to H.264, 0 (lossless) to 51.
     copy: keep the packets of H.264 sources wherever nothing has to change; see `data.cut`.
+    merge: cosine of embeddings from which two shots that a cut parts are one; None: never. See `merge`.
+    embedding: of `merge`: colours, or package.module:function.
     scorers: who measures, comma-separated; see `measure.chosen`.
   """
 
@@ -44,6 +47,8 @@ class Recipe:
   short_side: int | None = 720
   crf: float = 18.0
   copy: bool = True
+  merge: float | None = None
+  embedding: str = merge_lib.COLOURS
   scorers: str = "default"
 
   @property
@@ -106,6 +111,11 @@ def _scorers(words: str) -> tuple[measure.Scorer, ...]:
 
 
 @functools.lru_cache(maxsize=1)
+def _embedding(word: str) -> merge_lib.Embed:
+  return merge_lib.embedding(word)
+
+
+@functools.lru_cache(maxsize=1)
 def _captions(top: str) -> folder.Captions:
   return folder.Captions(top)
 
@@ -136,6 +146,8 @@ def _curate(
       video, spans = inputs.split(path, inputs.spans_of(job), limits)
     else:
       video = split_cache.split(path, content, recipe.method, limits, pathlib.Path(job["splits"]))
+    if recipe.merge is not None:
+      video = merge_lib.merged(video, path, recipe.merge, _embedding(recipe.embedding), limits)
   seconds = video.seconds(video.num_frames)
   if seconds < recipe.min_seconds and recipe.method != inputs.TABLE:
     detail = f"{seconds:.3f} s; clips have at least {recipe.min_seconds:g} s"
