@@ -40,7 +40,7 @@ EXTRAS = {
   "caption": ["tokenizers>=0.20"],  # token counts of a text encoder's own tokenizer
   "ray": ["ray[data]>=2.40"],  # curation and sweeps on many machines
   "eval": ["scikit-image>=0.24"],  # independent references of the metrics
-  "bench": ["torch>=2.4", "scenedetect-headless>=0.7"],  # the other side of the benchmarks
+  "bench": ["torch>=2.4", "scenedetect-headless>=0.7", "onnxruntime>=1.18"],  # the other side of the benchmarks
 }
 EXTRAS["test"] = (
   EXTRAS["caption"]

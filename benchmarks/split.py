@@ -3,6 +3,7 @@
     python benchmarks/split.py ../shared/videos                       annotated videos of a folder
     python benchmarks/split.py ../shared/videos --synthetic 210       and films made up from its footage
     python benchmarks/split.py ... --methods default,css,content,adaptive,histogram,hash --json split.json
+    python benchmarks/split.py ... --methods default,transnetv2:transnetv2.onnx         with weights of yours, in ONNX
 
 Annotated: transitions.json ({file: [{start_frame, end_frame, kind}]}), and MANIFEST.csv whose column has_transitions is
 0 for videos of one shot; derived/films is read in the same way, with decoys.json. Synthetic: films of data/edits.py at
@@ -18,6 +19,7 @@ import argparse
 import collections
 import csv
 import dataclasses
+import functools
 import json
 import pathlib
 import tempfile
@@ -31,6 +33,7 @@ from kling_jax.curation import split, split_command
 from kling_jax.data import container, decode, edits, encode
 
 TOLERANCE = 2  # frames
+TRANSNET = "transnetv2:"  # before the file of its weights; PySceneDetect runs it
 SIZE, FRAMES, RATE, CHOICES = (360, 640), 480, 25, (8, 16, 30)
 EXCERPT = 150  # frames of a piece of footage in memory
 
@@ -145,7 +148,12 @@ def ours(method: str) -> Callable[[pathlib.Path], list[Span]]:
 def pyscenedetect(name: str) -> Callable[[pathlib.Path], list[Span]]:
   import scenedetect
 
-  make = getattr(scenedetect.detectors, f"{name.capitalize()}Detector")
+  if name.startswith(TRANSNET):
+    from scenedetect.detectors.transnet_v2 import TransnetV2Detector
+
+    make = functools.partial(TransnetV2Detector, model_path=name.removeprefix(TRANSNET))
+  else:
+    make = getattr(scenedetect.detectors, f"{name.capitalize()}Detector")
 
   def run(video: pathlib.Path) -> list[Span]:
     scenes = scenedetect.detect(str(video), make())
