@@ -82,7 +82,6 @@ STREAMS = {
 def film(parameters: str, count: int = 60, *, irregular: bool = False, sound: str = "", format: str = "mp4") -> bytes:
   """A small H.264 film of moving noise whose frames all differ; `sound` is the codec of a 440 Hz tone."""
   rng = np.random.default_rng(0)
-  # Of 96 x 64 pixels, x264 has been seen to encode the same noise in two ways within one process.
   noise = np.repeat(np.repeat(rng.integers(0, 255, (32, 48, 3), np.uint8), 4, 0), 4, 1)
   ticks = np.cumsum(rng.integers(200, 900, count)) if irregular else 512 * np.arange(count)
   ticks -= ticks[0]

@@ -162,9 +162,9 @@ def _curate(
     held = place.clip(content, index)
     if held is None or held.clip.clip_id != clip_id:
       with _timed(timings, "cut"):
-        part = cut.cut(
-          path, start_pts, end_pts, short_side=recipe.short_side, crf=recipe.crf, copy=recipe.copy, limits=limits
-        )
+        # Packets of a damaged file may be damaged: what the decoder made of them is encoded instead.
+        copy = recipe.copy and not video.damage
+        part = cut.cut(path, start_pts, end_pts, short_side=recipe.short_side, crf=recipe.crf, copy=copy, limits=limits)
         info = decode.probe(part.media, decode=False)
       with _timed(timings, "measure"):
         scores = measure.score_media(part.media, _scorers(recipe.scorers))

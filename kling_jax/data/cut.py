@@ -318,7 +318,7 @@ def _encoded(
   context.color_range, context.colorspace = of.color_range, of.colorspace
   context.color_primaries, context.color_trc = of.color_primaries, of.color_trc
   context.thread_count = 1  # x264's output depends on the number of its threads.
-  parameters = f"annexb=0:sps-id={number}"
+  parameters = f"annexb=0:sps-id={number}:{encode.SAME_BYTES}"
   context.options = {
     "crf": str(crf), "preset": "veryfast", "bf": "0", "g": str(keyframe_every), "x264-params": parameters
   }  # fmt: skip

@@ -8,7 +8,6 @@ it is there, unmoved, in the next frame of the place as well. A recogniser goes 
 
 import cv2
 import numpy as np
-import scipy.sparse.csgraph
 
 from kling_jax.measure.sample import CLOSELY, Sample
 
@@ -101,7 +100,9 @@ def _rows(letters_N7: np.ndarray, boxes_M4: np.ndarray) -> np.ndarray:
   near &= (base < 0.2 * tall) | (np.abs((top + bottom)[:, None] - (top + bottom)) / 2 < 0.15 * tall)
   near &= np.maximum(stroke[:, None], stroke) / np.minimum(stroke[:, None], stroke) < 1.7
   near &= np.abs(level[:, None] - level) < 30
-  _, group = scipy.sparse.csgraph.connected_components(scipy.sparse.csr_array(near), directed=False)
+  from scipy import sparse  # half a second that other users of this package need not wait
+
+  _, group = sparse.csgraph.connected_components(sparse.csr_array(near), directed=False)
   boxes = []
   for number in np.flatnonzero(np.bincount(group) >= LEAST_LETTERS):
     inside = group == number
