@@ -8,7 +8,7 @@ export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.2
 export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES ?= -1
 
-.PHONY: venv tpu demo test drill check bench format clean
+.PHONY: venv tpu demo test drill check bench parity format clean
 
 venv: $(VENV)/ready
 
@@ -47,6 +47,11 @@ bench: venv
 	$(BIN)/python -m pip install --quiet -e '.[bench]'
 	$(BIN)/python benchmarks/train_step.py
 	$(BIN)/python benchmarks/input_pipeline.py
+
+# Every imported network against its reference in PyTorch; wants Python 3.11: `make parity PYTHON=python3.11`.
+parity: venv
+	$(BIN)/python -m pip install --quiet -e '.[parity]'
+	$(BIN)/python benchmarks/parity.py
 
 format: venv
 	$(BIN)/ruff check --fix .

@@ -40,6 +40,8 @@ EXTRAS = {
   "caption": ["tokenizers>=0.20"],  # token counts of a text encoder's own tokenizer
   "ray": ["ray[data]>=2.40"],  # curation and sweeps on many machines
   "eval": ["scikit-image>=0.24"],  # independent references of the metrics
+  # The other side of `make parity`; PyTorch 2.13 for CPU is to be had for Python 3.11.
+  "parity": ["torch==2.13.*", "torchvision==0.28.*", "transformers>=5.23", "diffusers>=0.42", "peft>=0.21"],
   "bench": ["torch>=2.4", "scenedetect-headless>=0.7", "onnxruntime>=1.18"],  # the other side of the benchmarks
 }
 EXTRAS["test"] = (
