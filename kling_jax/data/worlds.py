@@ -15,6 +15,8 @@ import hashlib
 
 import numpy as np
 
+from kling_jax.data import raster
+from kling_jax.data.named import COLOURS, GREY, LUMA, Draws, article
 from kling_jax.data.source import ClipInfo, Score
 from kling_jax.errors import ConfigError, nearest
 
@@ -24,19 +26,6 @@ FPS = 24.0
 NATIVE_SIZE = 256  # pixels; only what `info` reports, frames are analytic
 SCORER, SCORER_VERSION = "shapes-v1", "1"
 
-COLOURS = {
-  "red": (0.86, 0.12, 0.14),
-  "orange": (0.96, 0.54, 0.10),
-  "yellow": (0.95, 0.87, 0.16),
-  "green": (0.13, 0.64, 0.24),
-  "cyan": (0.12, 0.76, 0.80),
-  "blue": (0.14, 0.30, 0.85),
-  "purple": (0.50, 0.18, 0.72),
-  "pink": (0.94, 0.48, 0.68),
-  "white": (0.95, 0.95, 0.95),
-  "black": (0.06, 0.06, 0.06),
-}
-GREY = (0.45, 0.45, 0.45)  # of the pillar; no object and no background has it
 SHAPES = ("circle", "square", "triangle")
 DIRECTIONS = {"to the right": (1.0, 0.0), "to the left": (-1.0, 0.0), "up": (0.0, -1.0), "down": (0.0, 1.0)}
 # Speeds in longer sides per second; the adverb of the caption names the range.
@@ -81,30 +70,10 @@ class Script:
   @property
   def caption(self) -> str:
     """States the objects, their motion, the background, the occluder and the camera, in this order."""
-    phrases = [f"{_article(thing.colour)} {thing.shape} {thing.manner}" for thing in self.things]
+    phrases = [f"{article(thing.colour)} {thing.shape} {thing.manner}" for thing in self.things]
     objects = " and ".join([", ".join(phrases[:-1])] * (len(phrases) > 1) + phrases[-1:])
     pillar = ", behind a grey pillar" if self.pillar is not None else ""
-    return (
-      f"{objects} over {_article(f'{self.texture} {self.background}')} background{pillar}; the camera {self.camera}"
-    )
-
-
-def _article(words: str) -> str:
-  return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
-
-
-class _Draws:
-  """Named choices of one clip; each is a hash of its name, so that the order of asking does not matter."""
-
-  def __init__(self, world: str, seed: int, index: int):
-    self._stem = f"{world}/{seed}/{index}/"
-
-  def uniform(self, name: str, low: float = 0.0, high: float = 1.0) -> float:
-    digest = hashlib.sha256((self._stem + name).encode()).digest()
-    return low + (high - low) * (int.from_bytes(digest[:6], "big") / 2**48)
-
-  def choice(self, name: str, options):
-    return options[int(self.uniform(name) * len(options))]
+    return f"{objects} over {article(f'{self.texture} {self.background}')} background{pillar}; the camera {self.camera}"
 
 
 @functools.lru_cache(maxsize=4096)
@@ -116,7 +85,7 @@ def script(world: str, seed: int, index: int) -> Script:
   """
   if world not in WORLDS:
     raise ConfigError(f"unknown procedural world {world!r}{nearest(world, WORLDS)}")
-  draw = _Draws(world, seed, index)
+  draw = Draws(world, seed, index)
   colours = list(COLOURS)
   background = colours.pop(int(draw.uniform("background") * len(colours)))
   count = 1 + (draw.uniform("count") > 0.5) + (draw.uniform("third") > 0.8)
@@ -140,7 +109,7 @@ def script(world: str, seed: int, index: int) -> Script:
   )
 
 
-def _camera(draw: _Draws) -> tuple[str, tuple[float, float], float]:
+def _camera(draw: Draws) -> tuple[str, tuple[float, float], float]:
   kind = draw.uniform("camera")
   if kind < 0.3:
     return "is still", (0.0, 0.0), 0.0
@@ -154,7 +123,7 @@ def _camera(draw: _Draws) -> tuple[str, tuple[float, float], float]:
   return words + adverb, (0.0, 0.0), ZOOMS[words] * draw.uniform("camera speed value", *ZOOM_RATES[adverb])
 
 
-def _thing(draw: _Draws, k: int, count: int, colour: str) -> Thing:
+def _thing(draw: Draws, k: int, count: int, colour: str) -> Thing:
   """Thing k of `count`; several share the frame in lanes of the vertical axis, so that they overlap seldom."""
   still = draw.uniform(f"still {k}") < 0.15
   direction = draw.choice(f"direction {k}", tuple(DIRECTIONS))
@@ -234,19 +203,16 @@ def true_aesthetic(clip: Script) -> float:
   background = _rgb(clip, clip.background)
   colours = [_rgb(clip, thing.colour) for thing in clip.things]
   colour = 0.5 * float(np.ptp(background)) + 0.5 * float(np.mean([np.ptp(c) for c in colours]))
-  contrast = float(np.mean([abs((c - background) @ _LUMA) for c in colours]))
+  contrast = float(np.mean([abs((c - background) @ LUMA) for c in colours]))
   x, y = clip.things[0].middle
   thirds = 1 - min(float(np.hypot(abs(x) - 1 / 6, abs(y) - 1 / 6)) / 0.5, 1.0)
   return 10 * (0.5 * colour + 0.3 * contrast + 0.2 * thirds)
 
 
-_LUMA = np.array([0.299, 0.587, 0.114])
-
-
 def _rgb(clip: Script, colour: str) -> np.ndarray:
   """The palette's colour after the clip's saturation, float (3,) in [0, 1]."""
   rgb = np.array(COLOURS[colour])
-  grey = rgb @ _LUMA
+  grey = rgb @ LUMA
   return grey + (rgb - grey) * clip.saturation
 
 
@@ -278,83 +244,19 @@ def _render(clip: Script, times_s: np.ndarray, height: int, width: int) -> np.nd
 
   light = _rgb(clip, clip.background).astype(np.float32)
   dark = light * np.float32(1 - 0.6 * clip.contrast) + np.float32(0.1 * clip.contrast)
-  pattern_THW = _texture(clip, x_THW, y_THW, sharp_T11)
+  pattern_THW = raster.texture(clip.texture, clip.frequency, x_THW, y_THW, sharp_T11)
   picture = dark + (light - dark) * pattern_THW[..., None]
   for thing in clip.things:
     middle_TC = np.add(thing.middle, np.outer(t, thing.velocity)).astype(np.float32)
     u, v = x_THW - middle_TC[:, 0, None, None], y_THW - middle_TC[:, 1, None, None]
-    distance_THW = _distance(thing.shape, u, v, np.float32(thing.radius))
-    cover = np.clip(0.5 - distance_THW * sharp_T11, 0, 1)[..., None]
-    picture += cover * (_rgb(clip, thing.colour).astype(np.float32) - picture)
+    distance_THW = raster.distance(thing.shape, u, v, np.float32(thing.radius))
+    raster.paint(picture, distance_THW, sharp_T11, _rgb(clip, thing.colour))
   if clip.pillar is not None:
-    cover = np.clip(0.5 - (np.abs(x_THW - np.float32(clip.pillar)) - np.float32(0.05)) * sharp_T11, 0, 1)[..., None]
-    picture += cover * (np.array(GREY, np.float32) - picture)
+    distance_THW = np.abs(x_THW - np.float32(clip.pillar)) - np.float32(0.05)
+    raster.paint(picture, distance_THW, sharp_T11, GREY)
   if clip.blur > 0:
-    picture = _blur(picture, clip.blur / pixel)
-  return np.clip(np.rint(picture * 255), 0, 255).astype(np.uint8)
-
-
-def _distance(shape: str, u: np.ndarray, v: np.ndarray, radius: np.float32) -> np.ndarray:
-  """Signed distance to the outline (negative inside; for corners the larger of the edges' distances)."""
-  if shape == "circle":
-    return np.sqrt(u * u + v * v) - radius
-  if shape == "square":
-    return np.maximum(np.abs(u), np.abs(v)) - radius
-  # Isosceles, apex up: height and base are 2 * radius; the slanted edges have the normal (2, -1) / sqrt(5).
-  slant = (2 * np.abs(u) - (v + radius)) * np.float32(1 / np.sqrt(5))
-  return np.maximum(slant, v - radius)
-
-
-def _texture(clip: Script, x: np.ndarray, y: np.ndarray, sharp: np.ndarray) -> np.ndarray:
-  """The background's pattern in [0, 1], (T, H, W), fixed to the world."""
-  f = np.float32(clip.frequency)
-  if clip.texture == "checkered":
-    return 0.5 + 0.5 * _square_wave(x, f, sharp) * _square_wave(y, f, sharp)
-  if clip.texture == "dotted":
-    u, v = (x * f) % 1 - np.float32(0.5), (y * f) % 1 - np.float32(0.5)
-    return np.clip(0.5 - (np.sqrt(u * u + v * v) - np.float32(0.3)) / f * sharp, 0, 1)
-  if clip.texture == "rippled":
-    return _ripples(x, y, f, sharp)
-  # The gradient carries faint ripples: a plain one would hide the motion of the camera.
-  slope = 0.5 + 0.5 * np.sin(np.float32(2 * np.pi * 0.35) * (0.8 * x + 0.6 * y + np.float32(0.4)))
-  return np.float32(0.75) * slope + np.float32(0.25) * _ripples(x, y, f, sharp)
-
-
-def _ripples(x: np.ndarray, y: np.ndarray, f: np.float32, sharp: np.ndarray) -> np.ndarray:
-  """Two crossed sine waves, weakened by the pixel's width (so that fine ripples fade instead of aliasing)."""
-  fade = np.sinc(f / sharp)
-  tau = np.float32(2 * np.pi)
-  # sin(a)cos(b) forms of x and y apart: the waves cost one row and one column of sines a frame.
-  sx, cx = np.sin(tau * f * x), np.cos(tau * f * x)
-  sy, cy = np.sin(tau * 0.7 * f * y), np.cos(tau * 0.7 * f * y)
-  wave = sx * cy + cx * sy  # sin(2 pi f (x + 0.7 y))
-  cross = cx * cy + sx * sy  # cos(2 pi f (x - 0.7 y))
-  return 0.5 + 0.25 * fade * (wave + cross)
-
-
-def _square_wave(x: np.ndarray, f: np.float32, sharp: np.ndarray) -> np.ndarray:
-  """+1 / -1 with edges blended over one pixel; f periods per unit."""
-  distance = (np.abs((x * f) % 1 - np.float32(0.5)) - np.float32(0.25)) / f
-  return np.clip(2 * distance * sharp, -1, 1)
-
-
-def _blur(picture_THWC: np.ndarray, sigma: float) -> np.ndarray:
-  """Separable Gaussian of `sigma` pixels, cut at 3.5 deviations, mirrored at the border.
-
-  Sums of shifted pictures instead of matrix products: the same on every processor, whatever BLAS and its threads do.
-  """
-  radius = max(1, round(3.5 * sigma))
-  kernel = np.exp(-0.5 * (np.arange(radius + 1) / sigma) ** 2)
-  kernel = (kernel / (2 * kernel.sum() - kernel[0])).astype(np.float32)
-  for axis in (1, 2):
-    size = picture_THWC.shape[axis]
-    border = [(radius, radius) if k == axis else (0, 0) for k in range(4)]
-    padded = np.moveaxis(np.pad(picture_THWC, border, mode="symmetric"), axis, 0)
-    total = kernel[0] * padded[radius : radius + size]
-    for k in range(1, radius + 1):
-      total += kernel[k] * (padded[radius - k : radius - k + size] + padded[radius + k : radius + k + size])
-    picture_THWC = np.moveaxis(total, 0, axis)
-  return picture_THWC
+    picture = raster.blur(picture, clip.blur / pixel)
+  return raster.to_uint8(picture)
 
 
 # ----------------------------------------------------------------------------------------------------------- source
