@@ -42,7 +42,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
 
   c.model = ml_collections.ConfigDict()
   c.model.size = args.size
-  c.model.conditions = ("motion", "aesthetic", "clarity")  # scores told through AdaLN, in this order
+  c.model.conditions = ("motion", "aesthetic", "clarity")  # scores that the model is told, in this order
+  c.model.told = "adaln"  # adaln, or caption: their numbers behind the caption (Open-Sora's way)
   c.model.remat = "none" if args.size in ("XS", "S", "B") else "full"  # what the backward pass recomputes
 
   c.codec = ml_collections.ConfigDict()

@@ -9,9 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kling_jax.data import conditions
+from kling_jax.config import load
+from kling_jax.data import conditions, encode, pipeline, records
 from kling_jax.data.conditions import Condition, Percentiles
 from kling_jax.data.mixture import Mixture
+from kling_jax.data.record import ClipRecord
 from kling_jax.data.source import ClipInfo, Score
 from kling_jax.data.worlds import WorldSource
 from kling_jax.errors import ConfigError, DataError, UsageError
@@ -137,3 +139,50 @@ def test_one_set_brings_its_percentiles_and_a_mixture_is_fitted_as_a_whole(tmp_p
   both = conditions.for_sources(Mixture((one, two), folders=(tmp_path, None)), names)
   assert [condition.clips for condition in both.conditions] == [50, 50]
   assert conditions.for_sources(Mixture((one,)), ()) == Percentiles(())
+
+
+def test_raw_is_the_inverse_of_the_condition_between_the_percentiles():
+  fitted = conditions.fit(some_clips(), ("clarity", "motion"))
+  for name in fitted.names:
+    for u in (0.0, 250.0, 1000.0):
+      assert fitted.normalise(name, fitted.raw(name, u)) == pytest.approx(u, abs=1e-3)
+  with pytest.raises(UsageError, match="did you mean 'motion'"):
+    fitted.raw("motoin", 0.0)
+
+
+def test_scores_stand_behind_a_caption_in_the_order_of_the_model():
+  fitted = conditions.fit(some_clips(), ("clarity", "motion"))
+  raw = {"motion": 10.0, "clarity": 0.52349, "other": 1.0}
+  assert fitted.in_caption("A cat sleeps. ", raw) == "A cat sleeps. clarity score: 0.523, motion score: 10."
+  assert fitted.in_caption("a cat", {"motion": 1e-3}) == "a cat. motion score: 0.001."
+  assert fitted.in_caption("", {"motion": 2.0}) == "motion score: 2." and fitted.in_caption("a cat.", {}) == "a cat."
+  assert fitted.caption_of(clip(0, motion=4.0)) == "motion score: 4."
+
+
+def test_vtss_of_records_becomes_a_fourth_condition_and_another_model_of_it_is_refused(tmp_path):
+  """Through a set on disk and the batches that a model sees."""
+  media = encode.encode([np.full((32, 32, 3), 90, np.uint8)] * 9, fps=8)
+  names = ("motion", "aesthetic", "clarity", "vtss")
+
+  def write(folder, versions):
+    with records.RecordWriter(folder, "test") as writer:
+      for k, version in enumerate(versions):
+        scores = {name: Score(0.1 + k, name, "1") for name in names[:3]} | {"vtss": Score(1.5 + k, "tsa", version)}
+        clip_record = ClipRecord(f"c{k}", f"v{k}", "v", 0, 9, "1/8", 8.0, 32, 32, 9, scores=scores, vtss=1.5 + k)
+        writer.write(clip_record, media)
+    return Mixture.open((str(folder),))
+
+  sources = write(tmp_path / "one", ["a1"] * 3)
+  fitted = conditions.for_sources(sources, names)
+  assert (fitted.conditions[3].scorer, fitted.conditions[3].version) == ("tsa", "a1")
+  batch = pipeline.Batches(sources, buckets=[(5, 32, 32)], fps=8.0, batch=3, percentiles=fitted)[0]
+  assert batch["scores"].shape == (3, 4) and batch["scores_known"].all()
+  expected = [fitted.normalise("vtss", 1.5 + k) for k in range(3)]
+  assert sorted(batch["scores"][:, 3]) == expected and 0 == expected[0] < expected[1] < expected[2] == 1000
+  assert load("video_dit").model.conditions == names[:3], "off by default"
+  mixed = write(tmp_path / "two", ["a1", "a1", "b2"])
+  with pytest.raises(DataError, match="vtss comes from tsa b2, the percentiles from tsa a1"):
+    conditions.for_sources(mixed, names)
+  fitted.save(tmp_path / "two" / conditions.FILE)  # percentiles of before the set was scored again
+  with pytest.raises(DataError, match="clip c2: vtss comes from tsa b2"):
+    pipeline.Batches(mixed, buckets=[(5, 32, 32)], fps=8.0, batch=3, percentiles=conditions.for_sources(mixed, names))

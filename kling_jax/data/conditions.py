@@ -126,6 +126,31 @@ class Percentiles:
       u_M[m], known_M[m] = condition.u(score.value), True
     return u_M, known_M
 
+  def raw(self, name: str, u: float) -> float:
+    """The raw value whose condition is `u` in [0, 1000]: the inverse of `normalise` between the percentiles.
+
+    Raises:
+      UsageError: the model has no such score.
+    """
+    for condition in self.conditions:
+      if condition.name == name:
+        x = condition.q1 + u / SCALE * (condition.q99 - condition.q1)
+        return math.expm1(x) if condition.transform == "log1p" else x
+    raise UsageError(f"this model was not trained with a score {name!r}{nearest(name, self.names)}")
+
+  def caption_of(self, info: ClipInfo) -> str:
+    """The caption of a clip with its scores behind it (`in_caption`); those that it lacks are left out."""
+    return self.in_caption(info.caption, {name: score.value for name, score in info.scores.items()})
+
+  def in_caption(self, caption: str, raw: Mapping[str, float]) -> str:
+    """`caption` with raw scores as text: "a cat. motion score: 10, aesthetic score: 5.5."; others are ignored.
+
+    That is how Open-Sora 1.2 tells a model its scores: the baseline that AdaLN is compared with (Koala-36M, section 5).
+    """
+    told = ", ".join(f"{name} score: {raw[name]:.3g}" for name in self.names if name in raw)
+    words = caption.rstrip().rstrip(".")
+    return f"{words}. {told}." if words and told else f"{told}." if told else caption
+
   def select(self, names: Sequence[str]) -> "Percentiles":
     """The conditions `names`, in that order.
 

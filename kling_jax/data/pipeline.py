@@ -83,6 +83,7 @@ class Batches:
     flip: bool = False,
     tokenizer: Tokenizer | None = None,
     percentiles: Percentiles = Percentiles(()),
+    caption: Callable[[ClipInfo], str] | None = None,
     latents: Sequence[LatentCache] = (),
     texts: Sequence[TextCache] = (),
     text_length: int = 0,
@@ -107,6 +108,7 @@ class Batches:
       flip: mirror half of the rows; off where captions name left and right.
       tokenizer: captions -> tokens, mask. Not used where `texts` is given.
       percentiles: the conditions, in the model's order.
+      caption: the text that the tokenizer is given of a clip; None: its caption.
       latents: one cache a source; replaces decoding.
       texts: one cache a source; replaces the tokenizer. `text_length` is the row length L.
       process_index, process_count: this process, and how many share a global batch.
@@ -126,7 +128,7 @@ class Batches:
     if not 0 <= process_index < process_count:
       raise ConfigError(f"process_index {process_index} is not one of {process_count} processes")
     self.sources, self.seed, self.split, self.flip = sources, seed, split, flip
-    self.tokenizer, self.percentiles = tokenizer, percentiles
+    self.tokenizer, self.percentiles, self.caption = tokenizer, percentiles, caption
     self.latents, self.texts, self.text_length = tuple(latents), tuple(texts), text_length
     self.process_index, self.process_count = process_index, process_count
     self.failed: dict[str, str] = {}
@@ -255,7 +257,8 @@ class Batches:
       texts = [self.texts[s].get(info.clip_id, info.caption) for s, info in zip(owners, infos, strict=True)]
       batch["text"], batch["text_mask"] = pad_text(texts, self.text_length)
     elif self.tokenizer is not None:
-      batch["tokens"], batch["tokens_mask"] = self.tokenizer(captions)
+      written = captions if self.caption is None else [self.caption(info) for info in infos]
+      batch["tokens"], batch["tokens_mask"] = self.tokenizer(written)
     told = [self.percentiles.of_clip(info.scores, f"clip {info.clip_id}") for info in infos]
     batch["scores"] = np.stack([u_M for u_M, _ in told])
     batch["scores_known"] = np.stack([known_M for _, known_M in told])

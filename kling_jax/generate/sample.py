@@ -148,7 +148,7 @@ class Model:
       raise UsageError("this model reads text from a cache; encode the prompts first (kling encode)")
     tokenizer = ByteTokenizer(self.config.text.tokens)
     batch: dict[str, np.ndarray] = {}
-    batch["tokens"], batch["tokens_mask"] = tokenizer([request.prompt for request in requests])
+    batch["tokens"], batch["tokens_mask"] = tokenizer([self._prompt(request) for request in requests])
     if negative:
       batch["negative_tokens"], batch["negative_tokens_mask"] = tokenizer([request.negative for request in requests])
     rows = [self._scores(request.scores) for request in requests]
@@ -159,6 +159,16 @@ class Model:
       batch["known_frames"] = np.stack([frames for frames, _ in given])
       batch["known"] = np.stack([mask for _, mask in given])
     return batch
+
+  def _prompt(self, request: Request) -> str:
+    """The text that is encoded: the prompt, with the scores behind it where the model reads them there."""
+    if self.config.model.told != "caption":
+      return request.prompt
+    u_M, known_M = self._scores(request.scores)
+    told = zip(self.percentiles.names, u_M, known_M, strict=True)
+    return self.percentiles.in_caption(
+      request.prompt, {name: self.percentiles.raw(name, float(u)) for name, u, known in told if known}
+    )
 
   def _scores(self, scores: dict[str, float | str]) -> tuple[np.ndarray, np.ndarray]:
     """Normalised scores (M,) and which are told (M,): raw values by the stored percentiles, levels as they are."""

@@ -31,6 +31,8 @@ from kling_jax.train import encoders, sharding
 from kling_jax.train.sharding import Extent
 from kling_jax.train.task import Batch, Task
 
+TOLD = ("adaln", "caption")  # ways in which the model learns the scores
+
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
@@ -62,6 +64,10 @@ class VideoDiTTask(Task):
     if config.text.encoder not in ("bytes", "cached"):
       raise ConfigError(f"config key 'text.encoder' = {config.text.encoder!r} is unknown"
                         f"{nearest(config.text.encoder, ('bytes', 'cached'))}")  # fmt: skip
+    if config.model.told not in TOLD:
+      raise ConfigError(f"config key 'model.told' = {config.model.told!r} is unknown{nearest(config.model.told, TOLD)}")
+    if config.model.told == "caption" and config.text.encoder == "cached":
+      raise ConfigError("config key 'model.told' = 'caption' needs text.encoder = 'bytes': caches hold bare captions")
     super().__init__(config)
 
   # ---- model -------------------------------------------------------------------------------------------------------
@@ -130,6 +136,7 @@ class VideoDiTTask(Task):
       validation_fraction=c.data.validation_fraction,
       tokenizer=ByteTokenizer(c.text.tokens) if c.text.encoder == "bytes" else None,
       percentiles=self.percentiles,
+      caption=self.percentiles.caption_of if c.model.told == "caption" else None,
       latents=encoders.latent_caches(c, self.sources.folders) if c.data.cached_latents else (),
       texts=encoders.text_caches(c, self.sources.folders) if c.text.encoder == "cached" else (),
       text_length=c.text.tokens,
@@ -192,11 +199,12 @@ class VideoDiTTask(Task):
 
   def _conditions(self, model: TextToVideo, batch: Batch) -> Conditions:
     text_BLD, mask_BL = model.encode_text(batch, self.dtype)
-    return Conditions(text_BLD, mask_BL, batch["scores"], batch["scores_known"])
+    told = slice(len(self.dit.conditions))  # none where the caption tells them
+    return Conditions(text_BLD, mask_BL, batch["scores"][:, told], batch["scores_known"][:, told])
 
   def _dropped(self, keys_B: jax.Array) -> dict[str, jax.Array]:
     drop = self.config.drop
-    scores = [rng.bernoulli(rng.stream(keys_B, f"drop_{name}"), drop.scores) for name in self.config.model.conditions]
+    scores = [rng.bernoulli(rng.stream(keys_B, f"drop_{name}"), drop.scores) for name in self.dit.conditions]
     text_B = rng.bernoulli(rng.stream(keys_B, "drop_text"), drop.text)
     return {"text": text_B} | ({"scores": jnp.stack(scores, 1)} if scores else {})
 
@@ -288,7 +296,7 @@ def _dit_config(config: ml_collections.ConfigDict) -> video_dit.VideoDiTConfig:
     video_dit.preset(config.model.size),
     latent_channels=config.codec.channels,
     text_width=config.text.width,
-    conditions=tuple(config.model.conditions),
+    conditions=tuple(config.model.conditions) if config.model.told == "adaln" else (),
     remat=config.model.remat,
   )
 
