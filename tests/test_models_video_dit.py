@@ -258,6 +258,39 @@ def test_several_causal_blocks_go_through_the_cache_at_once():
   np.testing.assert_allclose(at_once, run(INPUTS, causal_frames=2), atol=1e-5)
 
 
+def test_a_cut_hides_the_context_and_stops_its_gradient():
+  """Row 0 is cut: it is a clip without a past. Row 1 shows the second of its two context frames only."""
+  mask = np.array([[False, False], [False, True]])
+  past = {"context_BTHWC": INPUTS["x_BTHWC"][:, :2], "context_time": INPUTS["time"][:, :2]}
+  cut = run({**_frames(2, 4), **past, "context_mask_BT": mask}, causal_frames=2)
+  np.testing.assert_allclose(cut[0], run(_frames(2, 4), causal_frames=2)[0], atol=1e-5)
+  late = {name: value[:, 1:] for name, value in past.items()}
+  np.testing.assert_allclose(cut[1], run({**_frames(2, 4), **late}, causal_frames=2)[1], atol=1e-5)
+
+  cache = params.merge(GRAPH, WEIGHTS).init_cache(BATCH, FRAMES, HEIGHT, WIDTH)
+  _, cache = run({**_frames(0, 2), "cache": cache, "context_mask_BT": mask}, causal_frames=2)
+  cached, _ = run({**_frames(2, 4), "cache": cache, "context_mask_BT": mask}, causal_frames=2)
+  np.testing.assert_allclose(cached, cut, atol=1e-5)
+
+  def weigh(context):
+    given = _frames(2, 4) | past | {"context_BTHWC": context, "context_mask_BT": mask}
+    return jnp.sum(jnp.square(params.merge(GRAPH, WEIGHTS)(**given)))  # frames see ahead: the harder case
+
+  slope = np.abs(quick_jit(jax.grad(weigh))(past["context_BTHWC"])).max(axis=(2, 3, 4))
+  np.testing.assert_array_equal(slope > 0, mask)
+  assert np.all(slope[~mask] == 0)
+
+
+def test_a_fresh_state_stream_is_the_base_network_to_the_bit(fresh):
+  """The same weights in a network without state stream and frame rate; other layers are moved off zero."""
+  moved = {k: fresh[k] if k.startswith(("state", "fps", "blocks.state_attn.out")) else WEIGHTS[k] for k in fresh}
+  base_graph, base_shapes, _ = describe(dataclasses.replace(CONFIG, fps=False, state_width=None))
+  base = {name: moved[name] for name in base_shapes}
+  given = INPUTS | {"text_mask_BL": TOLD["text_mask_BL"]}
+  plain = quick_jit(lambda weights: params.merge(base_graph, weights)(**given))(base)
+  np.testing.assert_array_equal(run(given | {"state_BQD": STATE, "fps_B": TOLD["fps_B"]}, moved), plain)
+
+
 # ---- how it is run must not matter
 
 
@@ -362,6 +395,11 @@ def test_every_parameter_names_its_axes_and_blocks_are_stacked():
     ({"time": np.zeros((2, 3), np.float32)}, r"time \(2, 3\) is neither"),
     ({"time": np.float32(0.5)}, r"time \(\) is neither"),
     ({"scores_BM": np.zeros((2, 2), np.float32)}, "scores have 2 columns"),
+    ({"context_mask_BT": np.ones((2, 1), bool)}, "without context frames or a cache"),
+    (
+      {"context_BTHWC": INPUTS["x_BTHWC"], "context_mask_BT": np.ones((2, 1), bool)},
+      r"context_mask_BT \(2, 1\) is not \(B, context frames\)=\(2, 4\)",
+    ),
   ],
 )
 def test_inputs_that_do_not_fit_are_named(change, message):

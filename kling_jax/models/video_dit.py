@@ -226,6 +226,7 @@ class VideoDiT(nnx.Module):
     fps_B: jax.Array | None = None,
     context_BTHWC: jax.Array | None = None,
     context_time: jax.Array | None = None,
+    context_mask_BT: jax.Array | None = None,
     state_BQD: jax.Array | None = None,
     state_mask_BQ: jax.Array | None = None,
     causal_frames: int | None = None,
@@ -245,6 +246,9 @@ class VideoDiT(nnx.Module):
       fps_B: frames per second; for a config with `fps`.
       context_BTHWC, context_time: latent frames before those of `x`, and their time ((B,) or (B, T); clean if
         omitted). They are seen, nothing is predicted for them.
+      context_mask_BT: bool (B, F) over the first F frames that there are (those of the context, or those that the
+        cache holds): False hides a frame from all others. A row of False is a scene cut: neither the prediction nor
+        its gradient knows anything of the frames before.
       state_BQD, state_mask_BQ: tokens of the state stream; for a config with `state_width`.
       causal_frames: latent frames in a causal block: a frame sees its own block and what is before it. Blocks are
         counted from the first frame of `x`. None: every frame sees every frame.
@@ -258,7 +262,7 @@ class VideoDiT(nnx.Module):
     Raises:
       ConfigError: inputs that do not fit the config or one another.
     """
-    self._check(x_BTHWC, time, scores_BM, fps_B, context_BTHWC, state_BQD, cache)
+    self._check(x_BTHWC, time, scores_BM, fps_B, context_BTHWC, context_mask_BT, state_BQD, cache)
     dtype, batch, frames = x_BTHWC.dtype, x_BTHWC.shape[0], x_BTHWC.shape[1]
     time_BT = jnp.asarray(time, jnp.float32).reshape(batch, -1)
     context_frames = 0
@@ -276,6 +280,9 @@ class VideoDiT(nnx.Module):
       rows_BTRD=spread(self.modulation(e_BTD), math.prod(grid)),
       angles=angles_3d(*grid, self.config.head_size, first_frame=held // frame_tokens),
       mask=Mask(
+        keys_BL=_tokens_shown(
+          context_mask_BT, frame_tokens, math.prod(grid) if cache is None else cache.k_SBLKE.shape[2]
+        ),
         block=None if causal_frames is None else causal_frames * frame_tokens,
         offset=held,
         start=context_frames * frame_tokens if cache is None else held,
@@ -337,7 +344,7 @@ class VideoDiT(nnx.Module):
       outputs.append(new)
     return x_BND, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
 
-  def _check(self, x_BTHWC, time, scores_BM, fps_B, context_BTHWC, state_BQD, cache):
+  def _check(self, x_BTHWC, time, scores_BM, fps_B, context_BTHWC, context_mask_BT, state_BQD, cache):
     config = self.config
     if x_BTHWC.ndim != 5 or x_BTHWC.shape[-1] != config.latent_channels:
       raise ConfigError(f"latents {x_BTHWC.shape} are not (B, T, H, W, latent_channels={config.latent_channels})")
@@ -352,3 +359,18 @@ class VideoDiT(nnx.Module):
       raise ConfigError("a state is given to a model without a state stream; set state_width in its config")
     if cache is not None and context_BTHWC is not None:
       raise ConfigError("context and cache are given together; run the context through the cache first, on its own")
+    if context_mask_BT is not None:
+      if context_BTHWC is None and cache is None:
+        raise ConfigError("context_mask_BT is given without context frames or a cache that holds them")
+      if context_BTHWC is not None and context_mask_BT.shape != (batch, context_BTHWC.shape[1]):
+        raise ConfigError(
+          f"context_mask_BT {context_mask_BT.shape} is not (B, context frames)=({batch}, {context_BTHWC.shape[1]})"
+        )
+
+
+def _tokens_shown(mask_BT: jax.Array | None, frame_tokens: int, tokens: int) -> jax.Array | None:
+  """A mask over the first frames as one over all tokens (B, L); tokens of later frames are shown."""
+  if mask_BT is None:
+    return None
+  shown_BL = jnp.repeat(mask_BT, frame_tokens, axis=1)
+  return jnp.pad(shown_BL, ((0, 0), (0, tokens - shown_BL.shape[1])), constant_values=True)
