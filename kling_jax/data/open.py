@@ -16,7 +16,8 @@ def open_source(spec: str | os.PathLike[str] | dict[str, typing.Any]) -> ClipSou
 
   Args:
     spec: one of
-      "worlds:shapes-v1?count=512&seed=0": a procedural world;
+      "worlds:shapes-v1?count=512&seed=0": a procedural world of single clips;
+      "worlds:memory-v1?count=256&seed=0&clips=24": a procedural world of walks, `count` of `clips` clips each;
       "tfds:DIR": a TFDS data set of clips;
       FILE.csv, .jsonl, .parquet: a table of clips;
       FILE.tar: a WebDataset shard;
@@ -88,13 +89,18 @@ def _tfds(folder: str | pathlib.Path, options: dict[str, typing.Any]) -> ClipSou
 
 
 def _world(rest: str, options: dict[str, typing.Any]) -> ClipSource:
-  from kling_jax.data.worlds import WorldSource
+  from kling_jax.data import memory_world_frames, worlds
 
   name, _, query = rest.partition("?")
+  walks = name == memory_world_frames.WORLD
+  if not walks and name not in worlds.WORLDS:
+    every = (*worlds.WORLDS, memory_world_frames.WORLD)
+    raise errors.ConfigError(f"unknown procedural world {name!r}{errors.nearest(name, every)}")
+  known = ("count", "seed", "clips") if walks else ("count", "seed")
   for key, value in urllib.parse.parse_qsl(query, keep_blank_values=True):
-    if key not in ("count", "seed"):
-      raise errors.UsageError(f"worlds:{rest}: unknown option {key!r}{errors.nearest(key, ('count', 'seed'))}")
+    if key not in known:
+      raise errors.UsageError(f"worlds:{rest}: unknown option {key!r}{errors.nearest(key, known)}")
     if not (value.isascii() and value.isdigit()):
       raise errors.UsageError(f"worlds:{rest}: {key} is {value!r}; give a whole number")
     options[key] = int(value)
-  return WorldSource(name, **options)
+  return memory_world_frames.MemorySource(**options) if walks else worlds.WorldSource(name, **options)

@@ -143,6 +143,7 @@ class ClipRecord:
       scores=scores,
       video_id=self.video_id,
       index=self.index,
+      cut_before=self.cut_before,
     )
 
 

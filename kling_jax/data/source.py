@@ -27,6 +27,7 @@ class ClipInfo:
     num_frames, width, height: as displayed (after the rotation flag).
     scores: raw scores by name (motion, aesthetic, clarity, ...).
     video_id, index: the video that the clip was cut from, and its place in it.
+    cut_before: whether a transition lies directly before it; false: it goes on where the clip before it ends.
   """
 
   clip_id: str
@@ -39,6 +40,7 @@ class ClipInfo:
   scores: dict[str, Score] = dataclasses.field(default_factory=dict)
   video_id: str = ""
   index: int = 0
+  cut_before: bool = True
 
 
 @typing.runtime_checkable
