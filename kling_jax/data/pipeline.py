@@ -8,19 +8,13 @@ A process builds the rows [p B / P, (p + 1) B / P) of each global batch; concate
 same bytes for every number of processes, threads and workers.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import heapq
 import logging
-import sys
-import traceback
-from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
-import grain
 import numpy as np
-from absl import flags
 
 from kling_jax.data import buckets as buckets_lib
 from kling_jax.data import mixture as mixture_lib
@@ -30,15 +24,12 @@ from kling_jax.data.cache import LatentCache, TextCache, pad_text, text_variant
 from kling_jax.data.conditions import Percentiles
 from kling_jax.data.mixture import Mixture
 from kling_jax.data.source import ClipInfo
-from kling_jax.errors import ConfigError, DataError, KlingError, nearest
+from kling_jax.data.stream import FAILURES_IN_A_ROW, Batch, StepBatches
+from kling_jax.errors import ConfigError, DataError, nearest
 
 log = logging.getLogger(__name__)
 
-Batch = dict[str, np.ndarray]
 Tokenizer = Callable[[list[str]], tuple[np.ndarray, np.ndarray]]
-
-FAILURES_IN_A_ROW = 8  # clips of a bucket that follow each other, before a row gives up
-FAILURES_ALLOWED = 0.01  # of the clips of a split, before a run gives up; at least FAILURES_IN_A_ROW clips
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +42,7 @@ class Row:
   flip: bool
 
 
-class Batches:
+class Batches(StepBatches):
   """The batches of one split of a mixture, as this process sees them; picklable.
 
   Keys of a batch, B = rows of this process:
@@ -131,7 +122,7 @@ class Batches:
     self.tokenizer, self.percentiles, self.caption = tokenizer, percentiles, caption
     self.latents, self.texts, self.text_length = tuple(latents), tuple(texts), text_length
     self.process_index, self.process_count = process_index, process_count
-    self.failed: dict[str, str] = {}
+    super().__init__()
 
     asked = tuple(_bucket(bucket, fps) for bucket in buckets)
     videos: list[str] = []
@@ -230,16 +221,6 @@ class Batches:
 
   # ---- building ----------------------------------------------------------------------------------------------------
 
-  def __getitem__(self, step: int) -> Batch:
-    """This process's rows of the global batch of `step`.
-
-    Raises:
-      DataError: too many clips cannot be decoded; single ones are replaced, counted and logged.
-    """
-    batch, failures = self._build(step)
-    self._note(failures, step)
-    return batch
-
   def _build(self, step: int) -> tuple[Batch, list[tuple[str, str]]]:
     """The batch of `step`, and (clip id, message) of each clip that was replaced in it."""
     b, places = self.at(step)
@@ -294,52 +275,9 @@ class Batches:
       f"{failures[-1][1]}; check the set with `kling data verify`"
     )
 
-  def _note(self, failures: Sequence[tuple[str, str]], step: int) -> None:
-    """Counts and logs replaced clips; raises where they are too many to be an accident."""
-    for clip_id, message in failures:
-      if clip_id not in self.failed:
-        self.failed[clip_id] = message
-        log.warning("step %d: clip %s cannot be decoded and is replaced by the next: %s", step, clip_id, message)
-    total = sum(len(clips) for clips in self.clips)
-    allowed = max(FAILURES_IN_A_ROW, int(FAILURES_ALLOWED * total))
-    if len(self.failed) > allowed:
-      clip_id, message = next(iter(self.failed.items()))
-      raise DataError(
-        f"{len(self.failed)} of {total} clips cannot be decoded, more than the {allowed} that are replaced; first "
-        f"{clip_id}: {message}; check the set with `kling data verify`"
-      )
-
-  # ---- streaming ---------------------------------------------------------------------------------------------------
-
-  def iterate(
-    self, start_step: int, *, threads: int = 4, workers: int = 0, stop: int | None = None
-  ) -> Generator[tuple[int, Batch], None, None]:
-    """Yields (step, batch) from `start_step` up to before `stop`, built ahead while the caller computes.
-
-    Args:
-      start_step: the first step; nothing before it is read.
-      threads: batches built at a time, in each worker where there are workers; 0 builds them when asked.
-      workers: processes beside this one. PyAV, OpenCV and NumPy let threads run side by side, so that workers pay only
-        where Python itself is the limit. Scripts that use them need the `if __name__ == "__main__"` guard.
-      stop: the step to end before; None never ends.
-
-    Close the generator (or exhaust it) to end threads and workers.
-    """
-    steps = grain.MapDataset.source(_Steps(self, sys.maxsize if stop is None else stop))
-    ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + bool(threads))
-    stream = steps[start_step:].to_iter_dataset(ahead)
-    if workers:
-      if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()  # Grain hands absl's flags to its workers and refuses unparsed ones
-      stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2))
-    if stop is not None and start_step >= stop:
-      return
-    with contextlib.closing(iter(stream)) as built:
-      for step, (batch, failures, error) in enumerate(built, start_step):
-        if error is not None:
-          raise error
-        self._note(failures, step)
-        yield step, {name: _plain(array) for name, array in batch.items()}
+  @property
+  def clip_count(self) -> int:
+    return sum(len(clips) for clips in self.clips)
 
   # ---- the fixed table ---------------------------------------------------------------------------------------------
 
@@ -374,30 +312,6 @@ class Batches:
 
   def _hash_of(self, clip: int) -> bytes:
     return hashlib.blake2b(self.sources.info(clip).clip_id.encode(), digest_size=16).digest()
-
-
-class _Steps:
-  """What Grain indexes: one element a step. Errors travel as values: one that cannot be pickled would hang a worker."""
-
-  def __init__(self, batches: Batches, stop: int):
-    self._batches, self._stop = batches, stop
-
-  def __len__(self) -> int:
-    return self._stop
-
-  def __getitem__(self, step: Any) -> tuple[Batch | None, list[tuple[str, str]], Exception | None]:
-    try:
-      return (*self._batches._build(int(step)), None)
-    except KlingError as error:  # subclasses may take other arguments than pickle gives them
-      kind = next(kind for kind in type(error).__mro__ if kind.__module__ == KlingError.__module__)
-      return None, [], kind(str(error))
-    except Exception as error:  # noqa: BLE001  raised again in the caller's process, with its traceback
-      return None, [], RuntimeError(f"building the batch of step {step} failed: {error!r}\n{traceback.format_exc()}")
-
-
-def _plain(array: np.ndarray) -> np.ndarray:
-  """A worker's array lives in shared memory that ends with it: give the caller one of its own."""
-  return array if type(array) is np.ndarray else np.array(array)
 
 
 def _bucket(bucket: Bucket | Sequence[int], fps: float | None) -> Bucket:

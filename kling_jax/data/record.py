@@ -144,6 +144,7 @@ class ClipRecord:
       video_id=self.video_id,
       index=self.index,
       cut_before=self.cut_before,
+      start_s=self.start_s - self.source_start_s,
     )
 
 

@@ -28,6 +28,7 @@ class ClipInfo:
     scores: raw scores by name (motion, aesthetic, clarity, ...).
     video_id, index: the video that the clip was cut from, and its place in it.
     cut_before: whether a transition lies directly before it; false: it goes on where the clip before it ends.
+    start_s: where the clip starts in its video, in seconds from the video's first frame.
   """
 
   clip_id: str
@@ -41,6 +42,7 @@ class ClipInfo:
   video_id: str = ""
   index: int = 0
   cut_before: bool = True
+  start_s: float = 0.0
 
 
 @typing.runtime_checkable

@@ -145,6 +145,7 @@ class TableSource(folder.FileClips):
       scores=self._scores(row),
       video_id=video or whole[path].video_id,
       index=index,
+      start_s=start_s - file.start_s,
     )
     return folder.FileClip(path, info, start_s, end_s)
 
