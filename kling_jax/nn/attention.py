@@ -92,13 +92,15 @@ def choose(road: str, q_BNKE: jax.Array, k_BLKE: jax.Array, mask: Mask) -> str:
     if obstacle:
       raise ConfigError(f"attention road {road!r} cannot do this: {obstacle}")
     return road
-  if q_BNKE.shape[1] * k_BLKE.shape[1] < MANY_SCORES:
+  if mask.pairs_BNL is not None or q_BNKE.shape[1] * k_BLKE.shape[1] < MANY_SCORES:
     return "reference"
   own = {"tpu": "splash", "gpu": "cudnn"}.get(lowering.platform(), "blockwise")
   return "blockwise" if _obstacle(own, q_BNKE, k_BLKE, mask) else own
 
 
 def _obstacle(road: str, q_BNKE: jax.Array, k_BLKE: jax.Array, mask: Mask) -> str | None:
+  if mask.pairs_BNL is not None and road != "reference":
+    return "a mask of pairs; only the reference takes one"
   if road == "splash":
     return splash.obstacle()
   return cudnn.obstacle(q_BNKE, k_BLKE, mask) if road == "cudnn" else None

@@ -11,18 +11,19 @@ _HIDDEN_ID = -(2**31)  # the segment of a hidden key, which no query is in
 
 @functools.partial(
   jax.tree_util.register_dataclass,
-  data_fields=["keys_BL", "segments", "offset", "start", "length"],
+  data_fields=["keys_BL", "segments", "offset", "start", "length", "pairs_BNL"],
   meta_fields=["block"],
 )
 @dataclasses.dataclass(frozen=True)
 class Mask:
-  """Which keys a query sees, in a few numbers (never as an N x L array). The default hides nothing.
+  """Which keys a query sees, in a few numbers (an N x L array only where it must be). The default hides nothing.
 
   With p = offset + n the place of query n among the keys, query n sees key l where all of these hold:
     keys_BL[b, l]                                        (padding)
     segments[0][b, n] == segments[1][b, l]               (packing: both belong to the same clip)
     l < start + ((p - start) // block + 1) * block       (block-causal: its own block and all before it)
     l < length                                           (the filled part of a cache)
+    pairs_BNL[b, n, l]                                   (anything else)
 
   A query that sees no key at all gets zeros. Blocks are counted through packed clips, so under a causal block each
   clip must begin where a block does.
@@ -35,6 +36,8 @@ class Mask:
     length: filled keys; None where all are; may be traced.
     segments: int32 numbers, not negative, of the clips that the queries (B, N) and the keys (B, L) belong to; None
       where a row holds one clip.
+    pairs_BNL: bool, any rule that numbers cannot say, spelt out for each row (or one for all: B = 1); None for none.
+      Only the plain reference takes it, so it costs memory of N x L a head.
   """
 
   keys_BL: jax.Array | None = None
@@ -43,6 +46,7 @@ class Mask:
   start: int | jax.Array = 0
   length: int | jax.Array | None = None
   segments: tuple[jax.Array, jax.Array] | None = None
+  pairs_BNL: jax.Array | None = None
 
   def limits(self, queries: int, keys: int) -> jax.Array | None:
     """For each query the number of leading keys it may see, int32 (N,); None where that is all of them."""
@@ -61,13 +65,15 @@ class Mask:
       parts.append(self.keys_BL[:, None])
     if self.segments is not None:
       parts.append(self.segments[0][:, :, None] == self.segments[1][:, None])
+    if self.pairs_BNL is not None:
+      parts.append(self.pairs_BNL)
     limit_N = self.limits(queries, keys)
     if limit_N is not None:
       parts.append((jnp.arange(keys, dtype=jnp.int32) < limit_N[:, None])[None])
     return functools.reduce(jnp.logical_and, parts) if parts else None
 
   def seen(self, queries: int, keys: int) -> "Seen":
-    """The mask as kernels take it."""
+    """The mask as kernels take it: without pairs, with which no kernel is chosen."""
     q_BN, k_BL = self.segments or (None, None)
     if self.keys_BL is not None:
       if k_BL is None:

@@ -22,13 +22,13 @@ class GeluMLP(nnx.Module):
 
 
 class SwiGLU(nnx.Module):
-  """down(silu(gate(x)) * up(x)), without biases (Shazeer 2020, "GLU variants improve Transformer")."""
+  """down(silu(gate(x)) * up(x)), without biases as a rule (Shazeer 2020, "GLU variants improve Transformer")."""
 
-  def __init__(self, width: int, hidden: int, *, tokens: str = "tokens", rngs: nnx.Rngs):
+  def __init__(self, width: int, hidden: int, *, tokens: str = "tokens", use_bias: bool = False, rngs: nnx.Rngs):
     self.tokens, self.columns = tokens, of(tokens, "mlp")
-    self.gate = Linear(width, hidden, axes=("embed", self.columns), use_bias=False, rngs=rngs)
-    self.up = Linear(width, hidden, axes=("embed", self.columns), use_bias=False, rngs=rngs)
-    self.down = Linear(hidden, width, axes=(self.columns, "embed"), use_bias=False, rngs=rngs)
+    self.gate = Linear(width, hidden, axes=("embed", self.columns), use_bias=use_bias, rngs=rngs)
+    self.up = Linear(width, hidden, axes=("embed", self.columns), use_bias=use_bias, rngs=rngs)
+    self.down = Linear(hidden, width, axes=(self.columns, "embed"), use_bias=use_bias, rngs=rngs)
 
   def __call__(self, x_BND: jax.Array) -> jax.Array:
     axes = ("batch", self.tokens, self.columns)

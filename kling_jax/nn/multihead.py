@@ -10,11 +10,11 @@ from jax.ad_checkpoint import checkpoint_name
 from kling_jax.errors import ConfigError
 from kling_jax.nn.attention import EVERYTHING, Mask, attention
 from kling_jax.nn.linear import Initializer, Linear, xavier
-from kling_jax.nn.norm import RMSNorm
+from kling_jax.nn.norm import HeadLayerNorm, RMSNorm
 from kling_jax.nn.partition import constrain, of
 from kling_jax.nn.rotary import rotate
 
-QK_NORMS = ("full", "head", "none")
+QK_NORMS = ("full", "head", "head_layer", "none")
 
 
 @jax.tree_util.register_dataclass
@@ -51,7 +51,9 @@ class MultiHeadAttention(nnx.Module):
     heads, kv_heads: query heads, and key heads (a divisor; the same number by default).
     head_size: width / heads by default.
     context_width: size of the tokens that are asked; `width` by default.
-    qk_norm: RMS-norm of queries and keys before rotation: "full" over all heads at once (Wan 2.1), "head", or "none".
+    qk_norm: norm of queries and keys before rotation: RMS-norm "full" over all heads at once (Wan 2.1) or of each
+      "head"; "head_layer", LayerNorm of each head with weights of its own (Chameleon); or "none".
+    epsilon: of that norm.
     out_init: initial values of the output projection; zeros make the layer a no-op at the start.
     tokens: logical name of the asking tokens: "tokens" (a trainer may cut them, and heads, over devices) or "text".
   """
@@ -65,6 +67,7 @@ class MultiHeadAttention(nnx.Module):
     head_size: int | None = None,
     context_width: int | None = None,
     qk_norm: str = "full",
+    epsilon: float = 1e-6,
     use_bias: bool = True,
     out_init: Initializer = xavier,
     tokens: str = "tokens",
@@ -83,9 +86,13 @@ class MultiHeadAttention(nnx.Module):
     self.v = Linear(asked, keys, axes=("embed", columns), use_bias=use_bias, rngs=rngs)
     self.out = Linear(queries, width, axes=(columns, "embed"), use_bias=use_bias, init=out_init, rngs=rngs)
     self.full_norm = qk_norm == "full"
-    norm = lambda size: RMSNorm(size if self.full_norm else self.head_size, axis=columns if self.full_norm else "head")
-    self.q_norm = None if qk_norm == "none" else norm(queries)
-    self.k_norm = None if qk_norm == "none" else norm(keys)
+    norms = {
+      "full": lambda heads: RMSNorm(heads * self.head_size, axis=columns, epsilon=epsilon),
+      "head": lambda heads: RMSNorm(self.head_size, axis="head", epsilon=epsilon),
+      "head_layer": lambda heads: HeadLayerNorm(heads, self.head_size, axis=columns, epsilon=epsilon),
+      "none": lambda heads: None,
+    }
+    self.q_norm, self.k_norm = norms[qk_norm](self.heads), norms[qk_norm](self.kv_heads)
 
   def qkv(
     self, x_BND: jax.Array, context_BLD: jax.Array | None = None, *, angles: jax.Array | None = None
@@ -97,7 +104,9 @@ class MultiHeadAttention(nnx.Module):
     v = self._heads(self.v(asked_BLD), self.kv_heads, None, None, tokens)
     return q, k, v
 
-  def _heads(self, x: jax.Array, heads: int, norm: RMSNorm | None, angles: jax.Array | None, tokens: str) -> jax.Array:
+  def _heads(
+    self, x: jax.Array, heads: int, norm: nnx.Module | None, angles: jax.Array | None, tokens: str
+  ) -> jax.Array:
     if norm is not None and self.full_norm:
       x = norm(x)
     x_BNKE = x.reshape(*x.shape[:-1], heads, self.head_size)

@@ -42,3 +42,16 @@ class LayerNorm(nnx.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     scale, bias = (used(value[...], self.axes, jnp.float32) for value in (self.scale, self.bias))
     return (layer_norm(x, self.epsilon) * scale + bias).astype(x.dtype)
+
+
+class HeadLayerNorm(nnx.Module):
+  """`layer_norm` of each head, with a scale and a bias (K, E) of its own for every head: Chameleon's QK norm."""
+
+  def __init__(self, heads: int, size: int, *, axis: str | None = "heads", epsilon: float = 1e-5):
+    self.epsilon, self.axes = epsilon, (axis, "head")
+    self.scale = nnx.Param(jnp.ones((heads, size), jnp.float32), axes=self.axes)
+    self.bias = nnx.Param(jnp.zeros((heads, size), jnp.float32), axes=self.axes)
+
+  def __call__(self, x_BNKE: jax.Array) -> jax.Array:
+    scale_KE, bias_KE = (used(value[...], self.axes, jnp.float32) for value in (self.scale, self.bias))
+    return (layer_norm(x_BNKE, self.epsilon) * scale_KE + bias_KE).astype(x_BNKE.dtype)

@@ -12,9 +12,9 @@ def axis_sizes(head_size: int) -> tuple[int, int, int]:
   return head_size - 2 * spatial, spatial, spatial
 
 
-def angles_1d(positions: jax.Array, size: int) -> jax.Array:
-  """Angles (..., size/2): position * BASE^(-2i/size), as in RoFormer section 3.2."""
-  frequency = BASE ** (-jnp.arange(0, size, 2, dtype=jnp.float32) / size)
+def angles_1d(positions: jax.Array, size: int, base: float = BASE) -> jax.Array:
+  """Angles (..., size/2): position * base^(-2i/size), as in RoFormer section 3.2."""
+  frequency = base ** (-jnp.arange(0, size, 2, dtype=jnp.float32) / size)
   return positions.astype(jnp.float32)[..., None] * frequency
 
 
@@ -35,8 +35,11 @@ def angles_3d(frames: int, rows: int, columns: int, head_size: int, *, first_fra
 
 
 def rotate(x_BNKE: jax.Array, angles: jax.Array) -> jax.Array:
-  """Turns each interleaved pair (x[2i], x[2i+1]) of a head by angles[n, i]; float32 inside, dtype of `x` outside."""
-  cos, sin = jnp.cos(angles)[:, None, :], jnp.sin(angles)[:, None, :]
+  """Turns each interleaved pair (x[2i], x[2i+1]) of a head by angles[n, i]; float32 inside, dtype of `x` outside.
+
+  `angles` are (N, E/2), or (B, N, E/2) where rows have positions of their own.
+  """
+  cos, sin = jnp.cos(angles)[..., None, :], jnp.sin(angles)[..., None, :]
   pairs = x_BNKE.astype(jnp.float32).reshape(*x_BNKE.shape[:-1], -1, 2)
   even, odd = pairs[..., 0], pairs[..., 1]
   turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)

@@ -73,6 +73,8 @@ def attend(mesh: Mesh, rules: Mapping[str, tuple[str, ...]], choice: Choice) -> 
       k_BLGE, v_BLGE = (jnp.repeat(x, q_BNKE.shape[2] // x.shape[2], axis=2) for x in (k_BLGE, v_BLGE))
     axes = rules.get(tokens[0] or "", ())
     axis = axes[0] if _ways(mesh, axes) > 1 else ""
+    if axis and mask.pairs_BNL is not None:
+      raise MeshError(f"mesh axis {axis}={mesh.shape[axis]} cuts tokens whose mask is one of pairs; set {axis} to 1")
     way = "alone" if not axis else _way(mesh, choice, axis, _ways(mesh, heads), q_BNKE, k_BLGE, mask, tokens)
     if way == "ring":
       body: context.Local = functools.partial(context.ring, axis=axis, part=_kernel(road, blocks))
@@ -86,6 +88,8 @@ def attend(mesh: Mesh, rules: Mapping[str, tuple[str, ...]], choice: Choice) -> 
     arrays, rebuild = _split(mask)
     queries, keys = P(rows, axis or None, heads), P(rows, axis if way in ("ring", "ulysses") else None, heads)
     segments = P(rows, None if way == "ulysses" else axis or None)
+    cut = {"keys_BL": P(rows), "q_BN": segments, "k_BL": P(rows)}
+    cut["pairs_BNL"] = P(rows if arrays.get("pairs_BNL", q_BNKE).shape[0] > 1 else None)
     shared = jax.shard_map(
       lambda q, k, v, arrays: body(q, k, v, rebuild(arrays)),
       mesh=mesh,
@@ -93,7 +97,7 @@ def attend(mesh: Mesh, rules: Mapping[str, tuple[str, ...]], choice: Choice) -> 
         queries,
         keys,
         keys,
-        {name: {"keys_BL": P(rows), "q_BN": segments, "k_BL": P(rows)}.get(name, P()) for name in arrays},
+        {name: cut.get(name, P()) for name in arrays},
       ),
       out_specs=queries,
       check_vma=False,  # Pallas kernels do not say along which axes their results vary
@@ -157,12 +161,12 @@ def _cut(mesh: Mesh, axes: tuple[str, ...], size: int) -> tuple[str, ...] | None
 def _split(mask: Mask) -> tuple[dict[str, Any], Any]:
   """The arrays of a mask by name, and the function that puts them back; its Python numbers stay known while tracing."""
   q_BN, k_BL = mask.segments or (None, None)
-  values = {"keys_BL": mask.keys_BL, "q_BN": q_BN, "k_BL": k_BL}
+  values = {"keys_BL": mask.keys_BL, "q_BN": q_BN, "k_BL": k_BL, "pairs_BNL": mask.pairs_BNL}
   values |= {name: getattr(mask, name) for name in ("offset", "start", "length")}
   arrays = {name: value for name, value in values.items() if isinstance(value, jax.Array | np.ndarray)}
 
   def rebuild(arrays: dict[str, Any]) -> Mask:
-    changes = {name: arrays[name] for name in ("keys_BL", "offset", "start", "length") if name in arrays}
+    changes = {name: arrays[name] for name in ("keys_BL", "pairs_BNL", "offset", "start", "length") if name in arrays}
     segments = (arrays["q_BN"], arrays["k_BL"]) if mask.segments is not None else None
     return dataclasses.replace(mask, **changes, segments=segments)
 
