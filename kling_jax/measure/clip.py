@@ -14,6 +14,7 @@ from kling_jax.measure import (
   aesthetic,
   camera,
   clarity,
+  continuity,
   degradation,
   light,
   motion,
@@ -71,6 +72,7 @@ SCORERS = (
   Scorer(light.NAME, light.VERSION, light.CONDITIONS, light.light),
   Scorer(light.BORDERS_NAME, light.BORDERS_VERSION, ("borders",), light.borders),
   Scorer(stillness.NAME, stillness.VERSION, stillness.CONDITIONS, stillness.stillness),
+  Scorer(continuity.NAME, continuity.VERSION, continuity.CONDITIONS, continuity.continuity),
   Scorer(text.NAME, text.VERSION, text.CONDITIONS, text.text),
   Scorer(watermark.NAME, watermark.VERSION, watermark.CONDITIONS, watermark.watermark),
 )

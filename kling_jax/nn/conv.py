@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from kling_jax.nn import lowering
+
 Padding = tuple[tuple[int, int], tuple[int, int]]
 
 
@@ -61,9 +63,47 @@ def conv_frames(x_NHWC: jax.Array, kernel: jax.Array, stride: tuple[int, int], p
   )
 
 
+def conv_depthwise(x_NHWC: jax.Array, kernel_HWC: jax.Array) -> jax.Array:
+  """Depthwise convolution that keeps the size: y[.., c] = sum over offsets of x[.., c] kernel[offset, c].
+
+  Written as shifted products, added up within a kernel's row first. XLA's CPU runs a grouped convolution one channel at
+  a time: 80 times slower than PyTorch for 7 x 7 over 56 x 56 x 96; this takes 1.7 to 4 times PyTorch's time, and less
+  than banded matrices (14 to 120 times) and 49 products added in one go (2 to 4.7 times) on the maps of ConvNeXt-T.
+
+  Args:
+    x_NHWC: frames. kernel_HWC: odd rows and columns, cast to the input's dtype.
+  """
+  rows, columns, _ = kernel_HWC.shape
+  kernel_HWC = kernel_HWC.astype(x_NHWC.dtype)
+  if lowering.platform() != "cpu":
+    return conv_depthwise_plain(x_NHWC, kernel_HWC)
+  H, W = x_NHWC.shape[1:3]
+  x_NHWC = jnp.pad(x_NHWC, ((0, 0), *same_of(rows, columns), (0, 0)))
+  of_row = lambda i: sum(x_NHWC[:, i : i + H, j : j + W] * kernel_HWC[i, j] for j in range(columns))
+  return jnp.asarray(sum(of_row(i) for i in range(rows)))
+
+
+def conv_depthwise_plain(x_NHWC: jax.Array, kernel_HWC: jax.Array) -> jax.Array:
+  """The plain twin of `conv_depthwise`: XLA's grouped convolution."""
+  rows, columns, channels = kernel_HWC.shape
+  return jax.lax.conv_general_dilated(
+    x_NHWC,
+    kernel_HWC[:, :, None],
+    window_strides=(1, 1),
+    padding=same_of(rows, columns),
+    dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    feature_group_count=channels,
+  )
+
+
+def same_of(rows: int, columns: int) -> Padding:
+  """Padding that keeps the size under stride 1 and odd kernels."""
+  return ((rows // 2, rows // 2), (columns // 2, columns // 2))
+
+
 def same(kernel: int) -> Padding:
-  """Padding that keeps the size under stride 1 and an odd kernel."""
-  return ((kernel // 2, kernel // 2), (kernel // 2, kernel // 2))
+  """`same_of` of a square kernel."""
+  return same_of(kernel, kernel)
 
 
 def _kernel(rngs: nnx.Rngs | None, shape: tuple[int, ...]) -> jax.Array:
