@@ -318,6 +318,21 @@ def _sweep(args: argparse.Namespace) -> int:
   return command.run(args)
 
 
+# ---- eval ----------------------------------------------------------------------------------------------------------
+
+
+def _add_eval(parser: Parser) -> None:
+  from kling_jax.generate import eval_command  # flags only, nothing heavy
+
+  eval_command.add(parser)
+
+
+def _eval(args: argparse.Namespace) -> int:
+  from kling_jax.generate import eval_command
+
+  return eval_command.run(args)
+
+
 VERBS: dict[str, tuple[Callable[..., None], Run, str]] = {
   "demo": (_add_demo, _demo, "The whole chain in minutes: curate, train, sample, report."),
   "doctor": (answers.add_flag, _doctor, "What this machine can run, and what each extra would add."),
@@ -327,5 +342,6 @@ VERBS: dict[str, tuple[Callable[..., None], Run, str]] = {
   "encode": (_add_encode, _encode, "Latents and text of a clip set into caches."),
   "train": (_add_train, _train, "Train any task of any config."),
   "sample": (_add_sample, _sample, "Videos from a checkpoint: from text, from an image, continuing a video."),
+  "eval": (_add_eval, _eval, "Metrics of a trained model: control."),
   "sweep": (_add_sweep, _sweep, "Scaling laws: fit them to runs, check them, predict with them."),
 }

@@ -80,16 +80,22 @@ class Page:
     body = "".join("<tr>" + "".join(_cell(cell) for cell in row) + "</tr>" for row in rows)
     self._parts.append(f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>')
 
-  def heatmap(self, names: Sequence[str], cells: Sequence[Sequence[float | None]]) -> None:
-    """A square table of numbers from -1 to 1, each cell coloured by its number; None is a gap."""
+  def heatmap(
+    self, names: Sequence[str], cells: Sequence[Sequence[float | None]], rows: Sequence[str] | None = None
+  ) -> None:
+    """A table of numbers, each cell coloured by its number, fully from -1 or 1 on; None is a gap.
+
+    Args:
+      names: of the columns. cells: row by row. rows: names of the rows; None: those of the columns.
+    """
     head = "".join(f"<th><span>{_text(name)}</span></th>" for name in names)
-    rows = []
-    for name, row in zip(names, cells, strict=True):
+    body = []
+    for name, row in zip(names if rows is None else rows, cells, strict=True):
       shown = "".join(_shaded(value) for value in row)
-      rows.append(f"<tr><th>{_text(name)}</th>{shown}</tr>")
+      body.append(f"<tr><th>{_text(name)}</th>{shown}</tr>")
     self._parts.append(
       f'<div class="wide"><table class="heat"><thead><tr><th></th>{head}</tr></thead>'
-      f"<tbody>{''.join(rows)}</tbody></table></div>"
+      f"<tbody>{''.join(body)}</tbody></table></div>"
     )
 
   def funnel(self, stages: Sequence[tuple[str, float, str]], losses: Sequence[Mapping[str, float]] = ()) -> None:
@@ -238,7 +244,8 @@ def _shaded(value: float | None) -> str:
     return "<td></td>"
   colour = COLOURS[0] if value >= 0 else COLOURS[1]
   style = f"background:color-mix(in srgb,{colour} {round(70 * min(abs(value), 1))}%,transparent)"
-  return f'<td style="{style}">{f"{value:.2f}".replace("0.", ".")}</td>'
+  shown = re.sub(r"^(-?)0\.", r"\1.", f"{value:.2f}")
+  return f'<td style="{style}">{shown}</td>'
 
 
 def _media(tile: Tile) -> str:
