@@ -134,6 +134,45 @@ def test_branches_may_run_in_one_network_call():
   np.testing.assert_allclose(found, guidance_lib.guided(predict, guidance)(x, 0.5), atol=1e-5)
 
 
+NOISED = SCORES | {"detail"}  # history alone, at the level of the guidance
+OUTPUT |= {drop: generator.standard_normal((2, 3, 4, 4, 2)).astype(np.float32) for drop in (NOISED, TEXT | {"detail"})}
+OUTPUT[frozenset({"detail"})] = generator.standard_normal((2, 3, 4, 4, 2)).astype(np.float32)
+
+
+@settings(max_examples=50, deadline=None)
+@given(text=scales, scores=scales, image=scales)
+def test_fractional_history_exaggerates_what_the_noisy_history_says(text, scores, image):
+  expected = OUTPUT[ALL].astype(np.float64)
+  expected = expected + (OUTPUT[SCORES].astype(np.float64) - OUTPUT[ALL])
+  expected = expected + (image - 1) * (OUTPUT[NOISED].astype(np.float64) - OUTPUT[ALL])
+  expected = expected + scores * (OUTPUT[TEXT].astype(np.float64) - OUTPUT[SCORES])
+  expected = expected + text * (OUTPUT[FULL].astype(np.float64) - OUTPUT[TEXT])
+  guidance = Guidance(text, scores, image, history="fractional", level=0.4)
+  np.testing.assert_allclose(combined(guidance), expected, atol=2e-4)
+
+
+@settings(max_examples=50, deadline=None)
+@given(text=scales, scores=scales, image=scales)
+def test_stabilised_history_is_the_plain_composition_of_noisy_histories(text, scores, image):
+  plain = Guidance(text, scores, image)
+  noisy = Guidance(text, scores, image, history="stabilised", level=0.1)
+  shown = {branch if "image" in branch else branch | {"detail"} for branch in guidance_lib.branches(plain)}
+  assert set(guidance_lib.branches(noisy)) == shown
+  outputs = [OUTPUT[branch - {"detail"}] for branch in guidance_lib.branches(noisy)]
+  np.testing.assert_array_equal(guidance_lib.combine(outputs, noisy, 0.5), combined(plain))
+
+
+def test_the_fullest_call_of_stabilised_history_is_a_noisy_one():
+  predict, calls = counting_predict()
+  full = frozenset({"detail"})
+  for guidance in (Guidance(history="stabilised"), Guidance(history="stabilised", interval=(0.2, 0.8), text=6)):
+    calls.clear()
+    found = guidance_lib.guided(predict, guidance)(x, 0.9)
+    jax.effects_barrier()
+    assert calls == [full]
+    np.testing.assert_array_equal(found, OUTPUT[full] + np.float32(0.9))
+
+
 @pytest.mark.parametrize("name", ["flow", "v", "x"])
 def test_guiding_the_prediction_is_guiding_the_estimates(name):
   process, guidance = process_lib.make(name), Guidance(text=4, scores=2, image=1.5)
@@ -150,6 +189,8 @@ def test_guiding_the_prediction_is_guiding_the_estimates(name):
     ({"interval": (0.8, 0.2)}, "interval"),
     ({"interval": (0.0, 1.5)}, "interval"),
     ({"rescale": 1.1}, "rescale"),
+    ({"history": "fraction"}, "did you mean 'fractional'"),
+    ({"level": 1.5}, "noise level"),
   ],
 )
 def test_wrong_settings_are_named(options, message):

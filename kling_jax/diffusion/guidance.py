@@ -13,6 +13,13 @@ both with image and scores given; text 6 and scores 6 is two calls too, the seco
 this reason: its scale is the one that is nearly always used. A negative prompt is what the caller puts in place of a
 dropped text.
 
+History (the frames before a clip, `image` here) has two more forms (History Guidance, Song et al. 2025, arXiv
+2502.06764), for networks that were trained on histories of many noise levels. `stabilised` shows it at a noise level
+in every call that has it. `fractional` shows it as it is, and exaggerates only what a noisy history says, so that the
+details of what was filmed do not freeze the motion:
+
+  p = p() + (p(image) - p()) + (image - 1) (p(noised image) - p()) + scores (...) + text (...)
+
 Since the factors sum to 1 and all conversions in process.py are linear, guiding the velocity, v, x0 or eps is the same.
 """
 
@@ -24,9 +31,11 @@ import jax
 import jax.numpy as jnp
 
 from kling_jax.diffusion.process import expand
-from kling_jax.errors import ConfigError
+from kling_jax.errors import ConfigError, nearest
 
-Branch = frozenset[str]  # the conditions that a network call drops, of {"image", "scores", "text"}
+# The conditions that a network call drops, of {"image", "scores", "text", "detail"}; without "detail" the image (or
+# history) is shown at the noise level `Guidance.level`.
+Branch = frozenset[str]
 PredictDrop = Callable[[jax.Array, jax.Array, Branch], jax.Array]
 Predict = Callable[[jax.Array, jax.Array], jax.Array]
 PredictMany = Callable[[jax.Array, jax.Array, tuple[Branch, ...]], Sequence[jax.Array]]
@@ -39,6 +48,7 @@ _LADDER: tuple[Branch, ...] = (
   frozenset({"text", "scores", "image"}),
 )
 FULL: Branch = _LADDER[0]
+HISTORY = ("vanilla", "stabilised", "fractional")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +61,8 @@ class Guidance:
       (Kynkäänniemi et al. 2024). (0, 1) = always.
     rescale: 0 to 1, how far the standard deviation of each guided sample is pulled back to that of the fully
       conditioned prediction, against over-exposure (Lin et al. 2023, section 3.4; they use 0.7).
+    history: "vanilla", "stabilised" or "fractional": how `image` is composed, see the head of this file.
+    level: noise level in [0, 1] at which "stabilised" and "fractional" show the history.
   """
 
   text: float = 1.0
@@ -58,8 +70,14 @@ class Guidance:
   image: float = 1.0
   interval: tuple[float, float] = (0.0, 1.0)
   rescale: float = 0.0
+  history: str = "vanilla"
+  level: float = 0.0
 
   def __post_init__(self) -> None:
+    if self.history not in HISTORY:
+      raise ConfigError(f"history guidance {self.history!r} does not exist{nearest(self.history, HISTORY)}")
+    if not 0 <= self.level <= 1:
+      raise ConfigError(f"the noise level of history guidance must lie in [0, 1], not {self.level}")
     for name in ("text", "scores", "image"):
       if not math.isfinite(getattr(self, name)):
         raise ConfigError(
@@ -115,26 +133,36 @@ def guided(predict: PredictDrop, guidance: Guidance, *, predict_many: PredictMan
     (x, time scalar) -> guided output. Outside the interval only the fully conditioned branch is computed.
   """
   many = predict_many or (lambda x, time, drops: [predict(x, time, drop) for drop in drops])
-  drops = branches(guidance)
-  if drops == (FULL,):
-    return lambda x, time: predict(x, time, FULL)
+  drops, full = branches(guidance), _full(guidance)
+  if drops == (full,):
+    return lambda x, time: predict(x, time, full)
 
   def everywhere(x: jax.Array, time: jax.Array) -> jax.Array:
     return combine(many(x, time, drops), guidance, time)
 
   def in_interval(x: jax.Array, time: jax.Array) -> jax.Array:
-    plain = lambda: predict(x, time, FULL).astype(jnp.float32)
+    plain = lambda: predict(x, time, full).astype(jnp.float32)
     return jax.lax.cond(_inside(guidance, time), lambda: everywhere(x, time), plain)
 
   return everywhere if guidance.interval == (0.0, 1.0) else in_interval
 
 
+def _full(guidance: Guidance) -> Branch:
+  return frozenset({"detail"}) if guidance.history == "stabilised" else FULL
+
+
 def _factors(guidance: Guidance) -> list[tuple[Branch, float]]:
   image, scores, text = guidance.image, guidance.scores, guidance.text
-  pairs = list(zip(_LADDER, (text, scores - text, image - scores, 1 - image), strict=True))
+  factors = [text, scores - text, image - scores, 1 - image]
+  pairs = list(zip(_LADDER, factors, strict=True))
+  if guidance.history == "stabilised":
+    pairs = [(branch if "image" in branch else branch | {"detail"}, factor) for branch, factor in pairs]
+  elif guidance.history == "fractional":
+    alone, noised = _LADDER[2], _LADDER[2] | {"detail"}
+    pairs = [*pairs[:2], (alone, 1 - scores), (noised, image - 1), pairs[3]]
   used = [(branch, factor) for branch, factor in pairs if factor]
   needs_full = bool(guidance.rescale) or guidance.interval != (0.0, 1.0)
-  return [(FULL, 0.0), *used] if needs_full and not text else used
+  return [(_full(guidance), 0.0), *used] if needs_full and not text else used
 
 
 def _inside(guidance: Guidance, time: jax.Array | float) -> jax.Array:
