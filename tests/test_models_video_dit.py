@@ -378,6 +378,7 @@ def test_any_width_has_a_member_of_the_scaling_family(size, head_size):
   assert sum(kernels) == int(size[1:]) ** 3
   assert config.head_size == head_size
   assert preset("d640") == preset("n0.26b")
+  assert preset("d32x2") == preset("d32") and preset("d48x2") == dataclasses.replace(preset("d48"), depth=2)
 
 
 def test_every_parameter_names_its_axes_and_blocks_are_stacked():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from typing import NamedTuple
 
 import jax
@@ -86,15 +87,16 @@ def remat_policy(remat: str):
   return remat == "full", None
 
 
-def _scaling(width: int) -> VideoDiTConfig:
+def _scaling(width: int, depth: int | None = None) -> VideoDiTConfig:
   """The family of arXiv 2411.17470: 16 width^2 kernel parameters a block and depth = width/16, so N = width^3.
 
-  It has the most heads of at least 64 that divide the width.
+  It has the most heads of at least 64 that divide the width. With a `depth`, the same at that many blocks.
   """
-  if width < 16 or width % 16:
-    raise ConfigError(f"Video DiT size 'd{width}': the width of the scaling family is a multiple of 16")
+  step = 16 if depth is None else 8
+  if width < 16 or width % step:
+    raise ConfigError(f"Video DiT size 'd{width}': the width of the scaling family is a multiple of {step}")
   heads = next(count for count in range(max(1, width // 64), 0, -1) if width % count == 0 and width // count % 2 == 0)
-  return VideoDiTConfig(width, depth=width // 16, heads=heads, mlp_width=4 * width)
+  return VideoDiTConfig(width, depth=depth or width // 16, heads=heads, mlp_width=4 * width)
 
 
 PRESETS = {
@@ -121,10 +123,11 @@ def preset(size: str, **changes) -> VideoDiTConfig:
   """The named size, with the given fields changed; ConfigError with the nearest name where there is none.
 
   Args:
-    size: a name in PRESETS, or "d96": the member of the scaling family with that width, 96^3 kernel parameters.
+    size: a name in PRESETS, or "d96": the member of the scaling family with that width, 96^3 kernel parameters; "d48x2"
+      is that width with 2 blocks, for sweeps of models so small that a block more is another kind of model.
   """
-  if size[:1] == "d" and size[1:].isdecimal():
-    return dataclasses.replace(_scaling(int(size[1:])), **changes)
+  if member := re.fullmatch(r"d(\d+)(?:x([1-9]\d*))?", size, re.ASCII):
+    return dataclasses.replace(_scaling(*(int(part) for part in member.groups() if part)), **changes)
   if size not in PRESETS:
     raise ConfigError(f"Video DiT size {size!r} does not exist{nearest(size, PRESETS)}")
   return dataclasses.replace(PRESETS[size], **changes)

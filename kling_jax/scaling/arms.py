@@ -75,8 +75,10 @@ class Study:
     batches, rates: {size: clips of a batch, learning rates} of each grid.
     repeats: {size: (clips, learning rate)} that is done again with other seeds: the noise of a run.
     holdouts: (size, T, parts of T at which it is read, arms: how many of them run).
-    memory: tokens that the averaged weights remember, the same in all runs.
+    memory: tokens that the averaged weights remember, the same in all runs; math.inf: a ninth of those trained so far
+      (what the trainer's ramp comes to), so that every T is read with the same share of it averaged.
     longer: (T, parts of T at which it is read) of one run of each size of the grids, for the loss surface.
+    between: further sizes that have such a run, and no grid.
     seeds: how many other seeds a repeat has. within: see `lr_batch.cells`. multiple: clips of a batch.
   """
 
@@ -87,6 +89,7 @@ class Study:
   holdouts: Sequence[tuple[str, float, int, int]]
   memory: float
   longer: tuple[float, int] | None = None
+  between: Sequence[str] = ()
   seeds: int = 1
   within: float = WITHIN
   multiple: int = 1
@@ -116,7 +119,7 @@ class Study:
     if self.longer is not None:
       tokens, reads = self.longer
       hyper = fitted(points, self.within, self.memory * reads / tokens, self.multiple)[0].hyper
-      for size in self.batches:
+      for size in (*self.batches, *self.between):
         yield design.tuned(base, size, tokens, hyper, reads=reads, arm=LONG)
     for size, tokens, reads, arms in self.holdouts:
       found = fitted(points, self.within, self.memory * reads / tokens, self.multiple)
