@@ -211,7 +211,7 @@ def _train(args: argparse.Namespace) -> int:
   job = distributed.detect(
     args.distributed, coordinator=args.coordinator, processes=args.processes, process=args.process
   )
-  distributed.supervise(job, args.heartbeat)
+  end = distributed.supervise(job, args.heartbeat)
   try:
     distributed.start(job, args.heartbeat)
     from kling_jax.train import loop
@@ -219,12 +219,12 @@ def _train(args: argparse.Namespace) -> int:
     summary = loop.run(loaded, args.workdir)
   except (Exception, KeyboardInterrupt) as error:
     if job.count > 1:
-      distributed.end(job, report(distributed.lost(error) or error, args.debug))
+      end(report(distributed.lost(error) or error, args.debug))
     raise
-  if job.index:
-    return 0
   state = "finished" if summary.finished else "stopped by SIGTERM, saved; run again to go on"
-  print(f"{args.workdir}: step {summary.step}, loss {summary.metrics.get('loss', float('nan')):.4f}, {state}")
+  if job.index == 0:
+    print(f"{args.workdir}: step {summary.step}, loss {summary.metrics.get('loss', float('nan')):.4f}, {state}")
+  end(0)
   return 0
 
 

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 
+import psutil
 import pytest
 
 from kling_jax.train import metrics, sharding
@@ -29,7 +30,8 @@ SMALL = {
 # `kling train`, with a record of what goes into each step (step, row, hash of the row), and something that happens to
 # this process while a step runs or where its batch is built.
 SCRIPT = """
-import json, os, signal, sys, threading, time
+import faulthandler, json, os, signal, sys, threading, time
+faulthandler.register(signal.SIGUSR1)  # the test asks a process that hangs where it is
 from kling_jax import cli
 from kling_jax.data import pipeline
 from kling_jax.errors import DataError
@@ -53,7 +55,7 @@ steps = []
 def stepped(self, state, batch):
   if len(steps) == at and event == "SIGTERM":
     os.kill(os.getppid(), signal.SIGTERM)
-    time.sleep(3)  # the others wait for this step; JAX looks for the signal once a second
+    time.sleep(12)  # the others wait for this step (Gloo: 30 s); JAX looks for the signal once a second
   elif len(steps) == at and event.endswith("SIGKILL"):
     threading.Timer(0.01, os.kill, (os.getppid() if "parent" in event else os.getpid(), signal.SIGKILL)).start()
   steps.append(None)
@@ -150,10 +152,16 @@ class Trained:
 
 
 def finish(started: Sequence[subprocess.Popen], seconds: float = 400) -> list[int]:
-  """Exit codes; what still runs at the end of the time is killed."""
+  """Exit codes; what still runs at the end of the time says in its log where it hangs, and is killed."""
   last = time.monotonic() + seconds
   try:
     return [process.wait(timeout=max(last - time.monotonic(), 0.1)) for process in started]
+  except subprocess.TimeoutExpired:
+    hanging = [psutil.Process(process.pid) for process in started if process.poll() is None]
+    for process in [*hanging, *(child for parent in hanging for child in parent.children())]:
+      process.send_signal(signal.SIGUSR1)
+    time.sleep(5)
+    return [-1] * len(started)
   finally:
     for process in started:
       process.kill()

@@ -5,6 +5,7 @@
 
 import ctypes
 import dataclasses
+import functools
 import glob
 import os
 import re
@@ -255,24 +256,33 @@ def _wait_for_name(host: str) -> None:
       time.sleep(2)
 
 
-def supervise(job: Job, heartbeat_s: int = HEARTBEAT_S) -> None:
-  """Returns in a child process, which trains; the parent passes signals on, and says how the child ended.
+def supervise(job: Job, heartbeat_s: int = HEARTBEAT_S) -> Callable[[int], None]:
+  """Returns in a child process, which trains, what ends that process: call it with the exit code.
 
-  JAX ends a process whose peers are lost from within, with abort(): only another process can then say so in one line.
+  The parent passes signals on, and says how the child ended. JAX ends a process whose peers are lost from within, with
+  abort(): only another process can then say so in one line. A job of one needs no parent; ending it does nothing.
   """
   if job.count == 1:
-    return
+    return lambda code: None
+  told, telling = os.pipe()  # the child tells the parent that all is done, whatever becomes of it afterwards
   parent, child = os.getpid(), os.fork()
   if child == 0:
+    os.close(told)
     if sys.platform == "linux":
       ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: who kills the parent means the child
       if os.getppid() != parent:
         os._exit(1)
-    return
+    return functools.partial(_end, telling)
+  os.close(telling)
+  os.set_blocking(told, False)
   for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, lambda number, frame: os.kill(child, number))
   _, status = os.waitpid(child, 0)
-  code = os.waitstatus_to_exitcode(status)
+  try:
+    done = bool(os.read(told, 1))
+  except BlockingIOError:  # nothing was written, and a process of the child's still holds the pipe
+    done = False
+  code = 0 if done else os.waitstatus_to_exitcode(status)
   if code < 0:
     name = signal.Signals(-code).name
     why = (
@@ -283,6 +293,26 @@ def supervise(job: Job, heartbeat_s: int = HEARTBEAT_S) -> None:
     print(f"kling: ProcessError: process {job.index} of {job.count} ended: {why}; start the job again, on any number "
           "of processes: it goes on from the last checkpoint", file=sys.stderr, flush=True)  # fmt: skip
     code = 1
+  os._exit(code)
+
+
+def _end(telling: int, code: int) -> None:
+  """Ends a process of several at once.
+
+  An ordinary exit takes JAX's services down one by one while the others still use them, and after a SIGTERM may wait
+  for ever; an ordinary exit of a failed process would wait for the others, and they for it.
+  """
+  sys.stdout.flush()
+  sys.stderr.flush()
+  if code == 0:
+    from jax.experimental import multihost_utils
+
+    os.write(telling, b"1")
+    try:
+      multihost_utils.sync_global_devices("the job is done")  # the others may still need the coordinator
+    except (ValueError, RuntimeError) as error:
+      print(f"kling: all is saved; then a process was lost ({' '.join(str(error).split())[:200]})", file=sys.stderr)
+      sys.stderr.flush()
   os._exit(code)
 
 
@@ -298,12 +328,3 @@ def lost(error: BaseException) -> ProcessError | None:
     f"contact to another process of the job was lost ({text[:200]}); start the job again, on any number of processes: "
     "it goes on from the last checkpoint"
   )
-
-
-def end(job: Job, code: int) -> None:
-  """Ends a failed process of several at once: an ordinary exit would wait for the others, and they for it."""
-  if job.count == 1 or code == 0:
-    return
-  sys.stdout.flush()
-  sys.stderr.flush()
-  os._exit(code)
