@@ -5,11 +5,12 @@ touches only the slices that this process holds.
 """
 
 import collections
-import contextlib
 import dataclasses
 import difflib
 import fnmatch
+import hashlib
 import json
+import math
 import os
 import pathlib
 import re
@@ -35,6 +36,9 @@ DTYPES: dict[str, Any] = {
   "C64": np.complex64, "BF16": ml_dtypes.bfloat16, "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2,
 }  # fmt: skip
 PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
+PICKLES = (".bin", ".ckpt", ".pkl", ".pt", ".pth")
+HEADER_BYTES = 32 * 2**20  # about 300,000 tensors; the largest published models have some thousands
+SAMPLED_BYTES = 4096  # of each tensor, for a fingerprint
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
@@ -173,7 +177,13 @@ def _listed(source: pathlib.Path) -> dict[pathlib.Path, list[str] | None]:
     return _by_index(indices[0])
   found = [path for path in sorted(source.glob("*.safetensors")) if not path.name.startswith(".")]
   if not found:
-    raise WeightsError(f"{source} holds no .safetensors file; give the folder or the file of the weights")
+    pickles = [path.name for path in sorted(source.glob("*")) if path.suffix in PICKLES]
+    mend = (
+      f"it holds {pickles[0]}, a pickle, which may run code when it is read: take the safetensors form of these weights"
+      if pickles
+      else "give the folder or the file of the weights"
+    )
+    raise WeightsError(f"{source} holds no .safetensors file; {mend}")
   for match in filter(None, (PART.fullmatch(path.name) for path in found)):
     parts = [source / f"{match[1]}-{i:05d}-of-{match[3]}.safetensors" for i in range(1, int(match[3]) + 1)]
     lost = [part.name for part in parts if part not in found]
@@ -208,11 +218,12 @@ def read_header(path: pathlib.Path) -> tuple[dict[str, Place], dict[str, str]]:
     WeightsError: the header is damaged or hostile, or holds a type that is not known here.
   """
   try:
-    with contextlib.ExitStack() as stack:
-      stack.enter_context(safetensors.safe_open(path, framework="np"))  # checks the header against the file
-      file = stack.enter_context(path.open("rb"))
+    with path.open("rb") as file:
       (length,) = struct.unpack("<Q", file.read(8))
-      header = json.loads(file.read(length))
+      if length > HEADER_BYTES:
+        raise ValueError(f"its header claims {length} bytes, more than {HEADER_BYTES}")
+      with safetensors.safe_open(path, framework="np"):  # checks the header against the file
+        header = json.loads(file.read(length))
   except (safetensors.SafetensorError, OSError, ValueError, struct.error, RecursionError) as error:
     raise WeightsError(f"{path} is not a safetensors file, or is damaged ({error}); copy or export it again") from error
   metadata = header.pop("__metadata__", None) or {}
@@ -225,15 +236,69 @@ def read_header(path: pathlib.Path) -> tuple[dict[str, Place], dict[str, str]]:
   return places, metadata
 
 
+def fingerprint(source: str | os.PathLike[str] | Tensors) -> str:
+  """16 hexadecimal digits over each tensor's name, type, shape and first bytes; the same in one file or in shards.
+
+  It reads a few MB of 28 GB, and tells models, fine-tuned ones and types apart. It is no defence against a forger.
+  """
+  tensors = source if isinstance(source, Tensors) else Tensors(source)
+  digest = hashlib.sha256()
+  for name in sorted(tensors):
+    place = tensors.places[name]
+    digest.update(f"{name}:{place.dtype.name}:{place.shape}".encode())
+    with place.file.open("rb") as file:
+      file.seek(place.offset)
+      digest.update(file.read(min(SAMPLED_BYTES, int(np.prod(place.shape)) * place.dtype.itemsize)))
+  return digest.hexdigest()[:16]
+
+
 # ---- loading into a model --------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Built:
-  """A parameter made of several foreign tensors, such as stacked layers: `build(*arrays)` of the tensors `names`."""
+  """A parameter made of several foreign tensors: `build(*arrays)` of the tensors `names`."""
 
   names: tuple[str, ...]
   build: Callable[..., np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stacked:
+  """Stacked layers, a foreign tensor each: [build(a) for a in arrays]; only the slices that are asked for are read.
+
+  `build` turns or reshapes, so that a slice of its result needs little more than that slice of the file.
+  """
+
+  names: tuple[str, ...]
+  build: Callable[[np.ndarray], np.ndarray]
+
+
+class Layers:
+  """The array of a `Stacked`, not in memory: indexing and `np.asarray` read it."""
+
+  def __init__(self, recipe: Stacked, tensors: Mapping[str, np.ndarray]):
+    """Raises WeightsError where the layers differ in shape or type."""
+    self._parts = [lambda name=name: recipe.build(tensors[name]) for name in recipe.names]
+    first = self._parts[0]()
+    self.dtype, self.shape = first.dtype, (len(recipe.names), *first.shape)
+    self.size = math.prod(self.shape)
+    for name in recipe.names[1:]:
+      array = tensors[name]
+      if array.shape != tensors[recipe.names[0]].shape or array.dtype != self.dtype:
+        raise WeightsError(f"{name} is {array.dtype}{list(array.shape)}, unlike the same tensor of the first layer")
+
+  def __getitem__(self, index: Any) -> np.ndarray:
+    layers, *inner = index if isinstance(index, tuple) else (slice(None) if index is ... else index,)
+    parts = self._parts[layers]
+    first = parts[0]()[tuple(inner)]
+    stacked = np.empty((len(parts), *first.shape), self.dtype)
+    for place, part in zip(stacked, parts, strict=True):
+      place[...] = part()[tuple(inner)]
+    return stacked
+
+  def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+    return self[:].astype(dtype or self.dtype, copy=False)
 
 
 @dataclasses.dataclass
@@ -268,7 +333,7 @@ class Report:
 def load_into(
   shapes: Mapping[str, jax.ShapeDtypeStruct],
   source: str | os.PathLike[str],
-  name_map: Mapping[str, str | Built] | None = None,
+  name_map: Mapping[str, str | Built | Stacked] | None = None,
   *,
   allow_missing: Sequence[str] = (),
   allow_unexpected: Sequence[str] = (),
@@ -277,9 +342,10 @@ def load_into(
 
   Args:
     shapes: {path: ShapeDtypeStruct}; one with a sharding becomes a JAX array born with it (each process reads its
-      slices alone), one without a NumPy array. Floats are cast to the wanted type, nothing else is.
+      slices alone, one parameter after the other), one without a NumPy array. Floats are cast to the wanted type,
+      nothing else is.
     source: see `Tensors`.
-    name_map: {path: foreign name, or `Built` from several}; None means the names are the paths.
+    name_map: {path: foreign name, `Built` from several or `Stacked` layers}; None means the names are the paths.
     allow_missing: patterns like "text.*" (fnmatch, as for checkpoints) of parameters that may stay unloaded, because
       the file lacks them or has them in another shape.
     allow_unexpected: the same for tensors of the file that nothing takes.
@@ -288,7 +354,8 @@ def load_into(
     The loaded parameters, and the report.
 
   Raises:
-    WeightsError: a missing, unexpected or misshapen tensor that is not allowed; lists them with the nearest names.
+    WeightsError: a missing, unexpected or misshapen tensor that is not allowed (lists them with the nearest names),
+      or values that are not finite. Nothing is returned then.
   """
   tensors = Tensors(source)
   recipes = {path: _recipe(path, name_map) for path in shapes}
@@ -298,14 +365,14 @@ def load_into(
   for path, recipe in recipes.items():
     if not all(name in tensors for name in recipe.names):
       report.missing.append(path)
-    elif recipe.build is _alone:  # its shape is known without building it
-      _compare(path, tensors[recipe.names[0]], shapes[path], report)
+    elif isinstance(recipe, Stacked) or recipe.build is _alone:  # its shape is known without building it
+      _compare(path, gathered(recipe, tensors), shapes[path], report)
   _refuse(report, recipes, allow_missing, allow_unexpected)
   params: dict[str, Any] = {}
   for path in [path for path in recipes if path not in report.missing]:
-    array = recipes[path].build(*(tensors[name] for name in recipes[path].names))
+    array = gathered(recipes[path], tensors)
     if _compare(path, array, shapes[path], report):
-      params[path] = _place(array, shapes[path], report)
+      params[path] = _place(path, array, shapes[path], report)
   _refuse(report, recipes, allow_missing, allow_unexpected)
   report.loaded = list(params)
   return params, report
@@ -315,12 +382,19 @@ def _alone(array: np.ndarray) -> np.ndarray:
   return array
 
 
-def _recipe(path: str, name_map: Mapping[str, str | Built] | None) -> Built:
+def gathered(recipe: Built | Stacked, tensors: Mapping[str, np.ndarray]) -> Any:
+  """What `recipe` makes of `tensors`: an array, or `Layers` that are read slice by slice."""
+  if isinstance(recipe, Stacked):
+    return Layers(recipe, tensors)
+  return recipe.build(*(tensors[name] for name in recipe.names))
+
+
+def _recipe(path: str, name_map: Mapping[str, str | Built | Stacked] | None) -> Built | Stacked:
   entry = path if name_map is None else name_map.get(path, path)
-  return entry if isinstance(entry, Built) else Built((entry,), _alone)
+  return Built((entry,), _alone) if isinstance(entry, str) else entry
 
 
-def _compare(path: str, array: np.ndarray, wanted: jax.ShapeDtypeStruct, report: Report) -> bool:
+def _compare(path: str, array: Any, wanted: jax.ShapeDtypeStruct, report: Report) -> bool:
   """Whether `array` can stand for `wanted`; notes in the report what keeps it from that."""
   floats = [jax.dtypes.issubdtype(dtype, np.floating) for dtype in (array.dtype, wanted.dtype)]
   if tuple(array.shape) != tuple(wanted.shape):
@@ -333,17 +407,35 @@ def _compare(path: str, array: np.ndarray, wanted: jax.ShapeDtypeStruct, report:
   return False
 
 
-def _place(array: np.ndarray, wanted: jax.ShapeDtypeStruct, report: Report) -> Any:
+def _place(path: str, array: Any, wanted: jax.ShapeDtypeStruct, report: Report) -> Any:
   if array.dtype != wanted.dtype:
     report.cast[f"{array.dtype} -> {wanted.dtype}"] += 1
+
+  def part(index: Any) -> np.ndarray:
+    values = np.array(array[index], wanted.dtype)
+    if not finite(values):
+      raise WeightsError(
+        f"{report.source}: {path} has values that are not finite (as {wanted.dtype}); take other weights"
+      )
+    return values
+
   if wanted.sharding is None:
-    return np.array(array, wanted.dtype)
-  part = lambda index: np.array(array[index], wanted.dtype)
-  return jax.make_array_from_callback(tuple(wanted.shape), wanted.sharding, part)
+    return part(...)
+  # Waiting keeps the host from reading the next parameter while this one still stands in its memory.
+  return jax.block_until_ready(jax.make_array_from_callback(tuple(wanted.shape), wanted.sharding, part))
+
+
+def finite(values: np.ndarray) -> bool:
+  """Whether no float among `values` is NaN or infinite; of bfloat16 and smaller types too."""
+  if not jax.dtypes.issubdtype(values.dtype, np.floating):
+    return True
+  if values.dtype == ml_dtypes.bfloat16:  # its exponent is all ones; many times faster than isfinite
+    return not np.any((values.view(np.uint16) & 0x7F80) == 0x7F80)
+  return bool(np.isfinite(values).all())
 
 
 def _refuse(
-  report: Report, recipes: Mapping[str, Built], allow_missing: Sequence[str], allow_unexpected: Sequence[str]
+  report: Report, recipes: Mapping[str, Built | Stacked], allow_missing: Sequence[str], allow_unexpected: Sequence[str]
 ) -> None:
   """Raises WeightsError where the report holds what no pattern allows."""
   allowed = lambda name, patterns: any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
