@@ -48,6 +48,7 @@ class TextToVideo(nnx.Module):
     *,
     text_depth: int,
     text_tokens: int,
+    text_padding: bool = False,
     codec: nnx.Module | None = None,
     rngs: nnx.Rngs,
   ):
@@ -57,12 +58,14 @@ class TextToVideo(nnx.Module):
       config: of the Video DiT; its `text_width` is the width of the text embeddings.
       text_depth: layers of the byte encoder; 0 = none, embeddings are given.
       text_tokens: longest text.
+      text_padding: the transformer sees zeros behind a text, as Wan 2.1 was trained, instead of the text alone.
       codec: a codec with weights, kept in the same tree so that a checkpoint is complete; None for the wavelet.
       rngs: stream `params`.
     """
     self.dit = VideoDiT(config, rngs=rngs)
     self.null_text = nnx.Param(jnp.zeros((1, config.text_width)), axes=(None, "text"))
     self.text = ByteTextEncoder(config.text_width, text_depth, text_tokens, rngs=rngs) if text_depth else None
+    self.text_padding = text_padding
     self.codec = codec
 
   def encode_text(self, batch: dict[str, Any], dtype: Any) -> tuple[jax.Array, jax.Array]:
@@ -70,6 +73,15 @@ class TextToVideo(nnx.Module):
     if self.text is None:
       return batch["text"].astype(dtype), batch["text_mask"]
     return self.text(batch["tokens"], batch["tokens_mask"], dtype=dtype), batch["tokens_mask"]
+
+  def drop_text(self, text_BLD: jax.Array, mask_BL: jax.Array, dropped_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(text_BLD, mask_BL) with the one token of the null text in the rows where `dropped_B`."""
+    row_B11 = dropped_B[:, None, None]
+    first_L = jnp.arange(mask_BL.shape[1]) == 0
+    # Chosen in float32, so that the gradient of the one token is summed over rows in float32.
+    null_LD = used(self.null_text[...], (None, "text"), jnp.float32)
+    text_BLD = jnp.where(row_B11, null_LD, text_BLD.astype(jnp.float32)).astype(text_BLD.dtype)
+    return text_BLD, jnp.where(row_B11[..., 0], first_L, mask_BL)
 
   def drop(self, conditions: Conditions, dropped: dict[str, jax.Array]) -> Conditions:
     """Replaces conditions by their null, row by row.
@@ -80,12 +92,7 @@ class TextToVideo(nnx.Module):
     """
     c = conditions
     if "text" in dropped:
-      row_B11 = dropped["text"][:, None, None]
-      first_L = jnp.arange(c.text_mask_BL.shape[1]) == 0
-      # Chosen in float32, so that the gradient of the one token is summed over rows in float32.
-      null_LD = used(self.null_text[...], (None, "text"), jnp.float32)
-      text_BLD = jnp.where(row_B11, null_LD, c.text_BLD.astype(jnp.float32)).astype(c.text_BLD.dtype)
-      mask_BL = jnp.where(row_B11[..., 0], first_L, c.text_mask_BL)
+      text_BLD, mask_BL = self.drop_text(c.text_BLD, c.text_mask_BL, dropped["text"])
       c = dataclasses.replace(c, text_BLD=text_BLD, text_mask_BL=mask_BL)
     if "scores" in dropped:
       gone = dropped["scores"]
@@ -99,10 +106,13 @@ class TextToVideo(nnx.Module):
     """The DiT's prediction; known frames are shown clean, at time 0. Returns float32 in the shape of x."""
     c = conditions
     time = time_B
+    text_BLD, text_mask_BL = c.text_BLD, c.text_mask_BL
+    if self.text_padding:
+      text_BLD, text_mask_BL = jnp.where(text_mask_BL[..., None], text_BLD, 0), None
     if c.known_BT is not None and c.clean_BTHWC is not None:
       known = c.known_BT[:, :, None, None, None]
       x_BTHWC = jnp.where(known, c.clean_BTHWC.astype(x_BTHWC.dtype), x_BTHWC)
       time = jnp.where(c.known_BT, 0.0, time_B[:, None])
     return self.dit(
-      x_BTHWC, time, c.text_BLD, text_mask_BL=c.text_mask_BL, scores_BM=c.scores_BM, scores_known_BM=c.scores_known_BM
+      x_BTHWC, time, text_BLD, text_mask_BL=text_mask_BL, scores_BM=c.scores_BM, scores_known_BM=c.scores_known_BM
     )
