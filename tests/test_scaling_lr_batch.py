@@ -98,6 +98,16 @@ def test_tuned_table_holds_the_minima_and_keeps_hold_outs_apart():
   assert len(one) == 5 and one.loss[0] == runs.loss[12] and (one.loss >= tuned.loss * (1 - 1e-12)).all()
 
 
+def test_held_out_runs_that_differ_in_their_seed_count_as_one():
+  columns = sweep()
+  columns["split"] = ["train"] * 100 + ["test"] * 25
+  again = {name: [*values, *values[100:]] for name, values in columns.items()}
+  again["loss"][125:] = [loss * 1.02 for loss in again["loss"][125:]]
+  once, twice = (lr_batch.tuned(table.from_columns(c)).held_out for c in (columns, again))
+  assert len(once) == len(twice) == 1
+  np.testing.assert_allclose(twice.loss, once.loss * 1.01, rtol=1e-9)
+
+
 def test_repeated_seeds_are_no_grid_and_token_counts_of_one_run_stay_together():
   columns = {name: [values[0], values[0], values[1]] for name, values in sweep(width=3).items()}
   columns["lr"], columns["batch_tokens"], columns["params"] = [1e-3] * 3, [1e5] * 3, [1e8, 1e8, 2e8]

@@ -8,7 +8,7 @@ import pytest
 
 from kling_jax import config as config_lib
 from kling_jax.errors import ConfigError
-from kling_jax.scaling import design, sweep
+from kling_jax.scaling import arms, design, sweep
 
 ROOT = pathlib.Path(__file__).parents[1]
 FILE = """
@@ -171,6 +171,33 @@ def test_isoflop_runs_cost_their_budget_around_the_law(base) -> None:
 def _flops(base, run: design.Overrides) -> float:
   model = design.sized(base, run["model.size"])
   return model.flops(run["steps"] * run["data.batch"] * model.clip_tokens)
+
+
+def test_a_study_asks_for_its_later_runs_where_its_grids_say(base) -> None:
+  grid = {"d16": (1e-3, 2e-3, 4e-3, 8e-3), "d32": (1e-3, 2e-3, 4e-3, 8e-3)}
+  study = arms.Study(
+    horizons=(4096, 8192, 16384), batches=dict.fromkeys(grid, (4, 8, 16)), rates=grid, repeats={"d16": (8, 2e-3)},
+    holdouts=(("d48", 65536, 2, 2),), memory=math.inf, longer=(32768, 2), between=("d48",), again=1,
+  )  # fmt: skip
+  first = list(study.runs(base, []))
+  assert len(first) == 2 * 3 * 4 + 1 and {run["ema.decay"] for run in first} == {1.0}
+  points = []
+  for number, run in enumerate(first):
+    n, batch, lr = int(run["model.size"][1:]) ** 3, run["data.batch"] * 8, run["optimizer.lr"]
+    for t in study.horizons:
+      off = math.log(lr / 3e-3) ** 2 + math.log(batch / 64) ** 2
+      point = {"params": n, "tokens": t, "loss": 0.3 + 9 * t**-0.4 + 3 * n**-0.4, "lr": lr, "batch_tokens": batch}
+      point |= {"arm": run["sweep.arm"], "split": "fit", "run": str(number)}
+      points.append(point | {"loss": point["loss"] * (1 + 0.01 * off)})
+  assert list(study.runs(base, points[:-3])) == first, "one run has not finished"
+  later = list(study.runs(base, points))[len(first) :]
+  assert [run["model.size"] for run in later if run["sweep.arm"] == arms.LONG] == ["d16", "d32", "d48"]
+  held = [run for run in later if run["sweep.split"] == "holdout"]
+  assert [(run["sweep.arm"], run["seed"]) for run in held] == [
+    ("tuned", 0), ("kaplan", 0), ("tuned", 1), ("kaplan", 1)
+  ]  # fmt: skip
+  assert [run["data.batch"] for run in held[:2]] == [8, 4]
+  assert all(run["optimizer.lr"] == pytest.approx(3e-3, rel=0.02) for run in held)
 
 
 def test_a_plan_adds_up(tmp_path: pathlib.Path) -> None:

@@ -56,6 +56,15 @@ def test_split_weight_and_stderr(tmp_path):
   assert runs.measured
 
 
+def test_only_tuned_hold_outs_check_a_sweep(tmp_path):
+  head = "params,tokens,loss,split,arm\n"
+  rows = ["1e8,2e9,3.1,fit,tuned", "1e8,2e9,3.2,fit,long", "2e8,2e9,2.9,holdout,deepseek"]
+  runs = read(tmp_path, head + "\n".join([*rows, "2e8,2e9,2.8,holdout,kaplan+tuned"]))
+  assert runs.loss.tolist() == [3.1, 3.2, 2.8] and runs.holdout.tolist() == [False, False, True]
+  assert "1 held-out rows of other arms" in runs.warnings[0]
+  assert len(read(tmp_path, head + "\n".join(rows))) == 3, "no tuned hold-out: all are taken"
+
+
 def test_units_are_multiplied(tmp_path):
   runs = read(tmp_path, "params,tokens,loss\n0.1,2,3.1\n0.2,4,3.0\n", {"params": 1e9, "tokens": 1e9})
   np.testing.assert_allclose(runs.tokens, [2e9, 4e9])

@@ -1,13 +1,15 @@
 """The study of arXiv 2411.17470, shrunk about 1e5-fold: six sizes of 3e4 to 2e6 parameters on `shapes-v1`.
 
-The same stages and arms as `shapes_tiny`, with runs of up to 5e7 tokens: days on 2 cores, an afternoon on one
-accelerator. It is made to be stopped and gone on with, wherever the ledger is carried:
+The same stages and arms as `shapes_tiny`, in the paper's own family of models (two blocks at 32 wide, eight at 128),
+with grids of up to 5e7 tokens and hold-outs of 1e8: days on 2 cores, an afternoon on one accelerator. It is made to be stopped and gone on with, wherever the ledger is carried:
 
   kling sweep run shapes_small --workdir runs/shapes_small
   git add runs/shapes_small/ledger.jsonl    # all that the laws and the next start need; work directories may go
 
 Expected: not run yet. Cost: `kling sweep design shapes_small --flops_per_s 2e10`.
 """
+
+import math
 
 import ml_collections
 
@@ -21,7 +23,8 @@ STUDY = arms.Study(
   rates=dict.fromkeys(GRID, (1e-3, 2e-3, 4e-3, 8e-3)),
   repeats=dict.fromkeys(GRID, (32, 4e-3)),
   holdouts=(("d112", 100_663_296, 4, 4), ("d128", 50_331_648, 2, 4)),
-  memory=1_572_864,
+  memory=math.inf,
+  again=1,
 )
 
 

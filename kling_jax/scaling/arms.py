@@ -79,7 +79,8 @@ class Study:
       (what the trainer's ramp comes to), so that every T is read with the same share of it averaged.
     longer: (T, parts of T at which it is read) of one run of each size of the grids, for the loss surface.
     between: further sizes that have such a run, and no grid.
-    seeds: how many other seeds a repeat has. within: see `lr_batch.cells`. multiple: clips of a batch.
+    seeds: how many other seeds a repeat has. again: how many other seeds the hold-outs have.
+    within: see `lr_batch.cells`. multiple: clips of a batch.
   """
 
   horizons: Sequence[float]
@@ -91,6 +92,7 @@ class Study:
   longer: tuple[float, int] | None = None
   between: Sequence[str] = ()
   seeds: int = 1
+  again: int = 0
   within: float = WITHIN
   multiple: int = 1
 
@@ -123,5 +125,6 @@ class Study:
         yield design.tuned(base, size, tokens, hyper, reads=reads, arm=LONG)
     for size, tokens, reads, arms in self.holdouts:
       found = fitted(points, self.within, self.memory * reads / tokens, self.multiple)
-      for arm in found[:arms]:
-        yield design.tuned(base, size, tokens, arm.hyper, reads=reads, arm=arm.name, split="holdout")
+      for seed in range(1 + self.again):
+        for arm in found[:arms]:
+          yield design.tuned(base, size, tokens, arm.hyper, seed=seed, reads=reads, arm=arm.name, split="holdout")

@@ -301,9 +301,11 @@ def tuned(table: RunTable) -> RunTable:
   That is the minimum of the quadratic where there is one, and the lowest loss of its runs where there is none; where
   too few have one, the minima of quadratics with one curvature (`joint`). Rows are weighted alike: how well a cell is
   tuned, not the noise of one run, is what its loss leaves open. A row belongs to the run of its best loss, so that
-  token counts read off one run are drawn together. Rows that are held out make cells of their own.
+  token counts read off one run are drawn together. Rows that are held out make cells of their own; runs that differ
+  in nothing but the seed count there as one, with their mean loss.
   """
   found = [(cell, part, held) for held in (False, True) for part in [table.take(table.holdout == held)] if len(part)
+           for part in [_mean_of_seeds(part) if held else part]
            for cell in (_best(part) if not held else cells(part))]  # fmt: skip
   parts = [part.take(cell.rows[:1]) for cell, part, _ in found]
   column = lambda values: np.array(list(values))
@@ -321,6 +323,14 @@ def tuned(table: RunTable) -> RunTable:
     holdout=column(held for _, _, held in found),
     measured=False,
   )
+
+
+def _mean_of_seeds(table: RunTable) -> RunTable:
+  """One row for each (N, T, lr, B), with the mean loss of its rows."""
+  assert table.lr is not None and table.batch_tokens is not None
+  logs = np.log(np.stack([table.params, table.tokens, table.lr, table.batch_tokens], axis=1)).round(4)
+  _, first, of = np.unique(logs, axis=0, return_index=True, return_inverse=True)
+  return table.take(first, loss=np.bincount(of.ravel(), table.loss) / np.bincount(of.ravel()))
 
 
 def _enough(every: list[Cell]) -> bool:

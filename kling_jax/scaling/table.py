@@ -25,10 +25,12 @@ ALIASES = {
   "stderr": ("loss_stderr", "val_stderr", "stderr", "loss_std"),
   "run": ("run", "run_id", "run_name", "cluster"),
   "split": ("split",),
+  "arm": ("arm",),
   "flop_rule": ("flop_rule",),
 }  # fmt: skip
 REQUIRED = ("params", "tokens", "loss")
-TEXT = ("run", "split", "flop_rule")
+TEXT = ("run", "split", "arm", "flop_rule")
+TUNED = "tuned"  # arm of a sweep
 FIT, HOLDOUT = ("train", "fit", ""), ("test", "holdout", "hold-out", "hold_out", "heldout", "validation", "val")
 SEQUENCES = ("bsz", "batch_size", "bs", "batch")  # may be sequences, so they are never read as tokens
 
@@ -95,8 +97,9 @@ def read(path: str | os.PathLike[str], units: Mapping[str, float] | None = None)
 
   Columns, by these names or those of `ALIASES`, in any case: params, tokens, loss; optional lr, batch_tokens, flops,
   weight (of the squared residual) or stderr (of the loss; the weight is then 1 / stderr^2), run (rows of one training
-  run), split (train, or test / holdout for rows that are only predicted), flop_rule. Others are left alone. Without
-  tokens, T is flops / (6 params). Rows whose loss is not finite (diverged runs) are left out with a warning.
+  run), split (train, or test / holdout for rows that are only predicted), arm (of a sweep, "a+b" for several),
+  flop_rule. Others are left alone. Without tokens, T is flops / (6 params). Rows whose loss is not finite (diverged
+  runs) are left out with a warning; so are held-out rows of other arms than "tuned", where there are rows of that.
 
   Args:
     path: the file.
@@ -151,6 +154,13 @@ def from_columns(
     has_split=has_split, measured="stderr" in numbers and "weight" not in numbers, warnings=tuple(warnings),
   )  # fmt: skip
   check_units(whole, name)
+  if "arm" in found:
+    tuned = np.array([TUNED in str(value).split("+") for value in columns[found["arm"]]])
+    others = split & ~tuned & bool((split & tuned).any())
+    if others.any():
+      said = f"{others.sum()} held-out rows of other arms than {TUNED!r} are left out: the law is that of tuned runs"
+      whole = dataclasses.replace(whole, warnings=(*whole.warnings, said))
+      finite &= ~others
   return whole.take(finite)
 
 
