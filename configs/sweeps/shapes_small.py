@@ -1,7 +1,8 @@
 """The study of arXiv 2411.17470, shrunk about 1e5-fold: six sizes of 3e4 to 2e6 parameters on `shapes-v1`.
 
 The same stages and arms as `shapes_tiny`, in the paper's own family of models (two blocks at 32 wide, eight at 128),
-with grids of up to 5e7 tokens and hold-outs of 1e8: days on 2 cores, an afternoon on one accelerator. It is made to be stopped and gone on with, wherever the ledger is carried:
+with grids of up to 5e7 tokens and hold-outs of 1e8: days on 2 cores, an afternoon on one accelerator. It is made to be
+stopped and gone on with, wherever the ledger is carried:
 
   kling sweep run shapes_small --workdir runs/shapes_small
   git add runs/shapes_small/ledger.jsonl    # all that the laws and the next start need; work directories may go

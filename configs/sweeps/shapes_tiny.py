@@ -1,13 +1,13 @@
 """The study of arXiv 2411.17470 in small: five models of 8e3 to 1.3e5 parameters on `shapes-v1`, for 2 cores.
 
-Models have an 8,000th to a 2,000th of the paper's parameters, runs a 20,000th of its tokens, the whole about 1e-9 of its
-FLOPs (at a millionth the grids alone would take 2 cores days). All models have two blocks: in the paper's family, as deep
-as wide / 16, sizes this small would differ in kind (one block, two, three) and not in size alone.
+Models have an 8,000th to a 2,000th of the paper's parameters, runs a 20,000th of its tokens. (At a millionth of its
+FLOPs the grids alone would take 2 cores half a day.) All models have two blocks: in the paper's family, as deep as wide
+/ 16, sizes this small would differ in kind (one block, two, three) and not in size alone.
 
 Stage 1: learning rate x batch grids at three sizes, each run read at two T. Stage 2, when those have finished: laws of
 learning rate and batch are fitted to them; where these say, four sizes are trained twice as long, for the loss surface,
-and a larger one, held out of every fit, three times as long, with two seeds. Beside the tuned arm stand those that the paper argues
-against, with the constants that the same stage-1 runs give them:
+and a larger one, held out of every fit, three times as long, with two seeds. Beside the tuned arm stand those that the
+paper argues against, with the constants that the same stage-1 runs give them:
 
   kaplan      small batch with more steps: the smallest batch of the grid, at its best learning rate for the size
   chinchilla  one learning rate and batch for every run: the ones that are best on average over stage 1
