@@ -37,7 +37,7 @@ EXTRAS = {
   "cuda": ["jax[cuda13]"],
   "sweep": ["matplotlib>=3.9"],  # plots of scaling laws
   "cloud": ["fsspec>=2024.6", "s3fs", "gcsfs"],  # s3:// and gs:// in `kling fetch`
-  "caption": ["tokenizers>=0.20"],  # token counts of a text encoder's own tokenizer
+  "caption": ["tokenizers>=0.20", "sentencepiece>=0.2"],  # tokenizers of pretrained text encoders
   "ray": ["ray[data]>=2.40"],  # curation and sweeps on many machines
   "eval": ["scikit-image>=0.24"],  # independent references of the metrics
   # The other side of `make parity`; PyTorch 2.13 for CPU is to be had for Python 3.11.

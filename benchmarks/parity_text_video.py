@@ -13,6 +13,11 @@ def _numpy(model: Any) -> dict[str, np.ndarray]:
   return {name: tensor.detach().numpy().copy() for name, tensor in model.state_dict().items()}
 
 
+def _facts(model: Any) -> dict[str, Any]:
+  """config.json of a diffusers model, without the version of the library."""
+  return {name: value for name, value in model.config.items() if not name.startswith("_")}
+
+
 def _random(model: Any, seed: int) -> Any:
   """The model in evaluation mode, with normal weights of variance 1 / fan in, and nothing left at 0 or 1."""
   import torch
@@ -174,7 +179,7 @@ def wan_dit_deep() -> dict:
 def wan_dit_fixture() -> Fixture:
   model = _wan(2, 16, 2, 48, 24, 4, 2)
   inputs = _wan_inputs(4, 24, (3, 4, 6), 7)
-  return Fixture(dict(model.config), _numpy(model), inputs, {"y": _wan_reference(model, inputs)})
+  return Fixture(_facts(model), _numpy(model), inputs, {"y": _wan_reference(model, inputs)})
 
 
 # ---- Wan 2.1's VAE ---------------------------------------------------------------------------------------------------
@@ -266,7 +271,7 @@ def wan_vae_fixture() -> Fixture:
   model = _wan_vae(4, [1, 2, 2], 1, [False, True], 3, 4)
   frames = np.tanh(_noise(1, 5, 8, 12, 3))
   latents, decoded = _vae_reference(model, frames)
-  return Fixture(dict(model.config), _numpy(model), {"frames": frames}, {"latents": latents, "decoded": decoded})
+  return Fixture(_facts(model), _numpy(model), {"frames": frames}, {"latents": latents, "decoded": decoded})
 
 
 # ---- text ------------------------------------------------------------------------------------------------------------
@@ -454,7 +459,7 @@ def sd_vae_fixture() -> Fixture:
   model = _sd_vae((8, 16), 1, 4, 4, 13)
   frames = np.tanh(_noise(1, 2, 8, 12, 3))
   latents, decoded = _sd_reference(model, frames)
-  return Fixture(dict(model.config), _numpy(model), {"frames": frames}, {"latents": latents, "decoded": decoded})
+  return Fixture(_facts(model), _numpy(model), {"frames": frames}, {"latents": latents, "decoded": decoded})
 
 
 CASES = {

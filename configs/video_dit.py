@@ -58,7 +58,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
   c.text.width = 4096 if large else 256
   c.text.depth = 2  # layers of the byte encoder
   c.text.tokens = 512 if large else 160  # longest caption
-  c.text.weights = placeholder(str)  # cached: work directory of the byte encoder that filled the cache
+  c.text.padding = large  # the network sees the zeros behind a text, as Wan 2.1 was trained; False hides them
+  c.text.weights = placeholder(str)  # cached: folder of a T5, umT5 or CLIP, or work directory of a byte encoder
 
   c.diffusion = ml_collections.ConfigDict()
   c.diffusion.process = "flow"  # flow, v, x

@@ -333,6 +333,33 @@ def _eval(args: argparse.Namespace) -> int:
   return eval_command.run(args)
 
 
+# ---- import, export ------------------------------------------------------------------------------------------------
+
+
+def _add_import(parser: Parser) -> None:
+  from kling_jax.generate import convert_command  # flags only, nothing heavy
+
+  convert_command.add_import(parser)
+
+
+def _import(args: argparse.Namespace) -> int:
+  from kling_jax.generate import convert_command
+
+  return convert_command.run_import(args)
+
+
+def _add_export(parser: Parser) -> None:
+  from kling_jax.generate import convert_command
+
+  convert_command.add_export(parser)
+
+
+def _export_weights(args: argparse.Namespace) -> int:
+  from kling_jax.generate import convert_command
+
+  return convert_command.run_export(args)
+
+
 VERBS: dict[str, tuple[Callable[..., None], Run, str]] = {
   "demo": (_add_demo, _demo, "The whole chain in minutes: curate, train, sample, report."),
   "doctor": (answers.add_flag, _doctor, "What this machine can run, and what each extra would add."),
@@ -343,5 +370,7 @@ VERBS: dict[str, tuple[Callable[..., None], Run, str]] = {
   "train": (_add_train, _train, "Train any task of any config."),
   "sample": (_add_sample, _sample, "Videos from a checkpoint: from text, from an image, continuing a video."),
   "eval": (_add_eval, _eval, "Metrics of a trained model: control."),
+  "import": (_add_import, _import, "Weights of others into our folders and work directories."),
+  "export": (_add_export, _export_weights, "Weights of a work directory as safetensors, in our names or diffusers'."),
   "sweep": (_add_sweep, _sweep, "Scaling laws: fit them to runs, check them, predict with them."),
 }

@@ -17,7 +17,7 @@ EXTRAS = {
   "eval": (("skimage",), "independent references of the metrics"),
   "sweep": (("matplotlib",), "plots of scaling laws"),
   "cloud": (("fsspec", "s3fs", "gcsfs"), "s3:// and gs:// in `kling fetch`"),
-  "caption": (("tokenizers",), "token counts of a text encoder's own tokenizer"),
+  "caption": (("tokenizers", "sentencepiece"), "tokenizers of pretrained text encoders"),
   "ray": (("ray",), "curation on many machines"),
   "tpu": (("libtpu",), "TPU devices"),
   "cuda": (("jax_cuda13_plugin",), "NVIDIA devices"),

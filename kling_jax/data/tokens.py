@@ -1,7 +1,12 @@
-"""Text as bytes: a tokenizer without a vocabulary file, for text encoders that are trained with the model."""
+"""Text as tokens: bytes, without a vocabulary file, and the tokenizers that come in files with pretrained encoders."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+import functools
+import html
+import os
+import pathlib
+import re
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -75,3 +80,104 @@ def cut(payload: bytes, length: int) -> bytes:
   while length and payload[length] & 0b1100_0000 == 0b1000_0000:  # byte `length` continues a character: step back
     length -= 1
   return payload[:length]
+
+
+# ---- tokenizers of pretrained encoders -------------------------------------------------------------------------------
+
+FAST = ("tokenizer.json",)  # Hugging Face tokenizers
+PIECES = ("spiece.model", "sentencepiece.bpe.model", "tokenizer.model")  # SentencePiece
+FILE_BYTES = 64 * 2**20  # umT5's, of 256,000 pieces, has 17 MB
+EXTRA = "pip install 'kling_jax[caption]'"
+
+
+@dataclasses.dataclass(frozen=True)
+class FileTokenizer:
+  """The tokenizer in a file beside a text encoder, padded at the right to one length.
+
+  HTML entities are resolved and runs of white space made one space before, as Wan 2.1 does. Every row ends with the end
+  token that the file defines (T5, CLIP), also where the text was cut. Frozen and without open files; loaded once a
+  process.
+
+  Attributes:
+    path: tokenizer.json, or a SentencePiece model.
+    max_length: tokens a row, special ones included.
+  """
+
+  path: str
+  max_length: int
+
+  @classmethod
+  def find(cls, folder: str | os.PathLike[str], max_length: int) -> "FileTokenizer":
+    """The tokenizer in `folder`, in its subfolder `tokenizer`, or in the folder of that name beside it.
+
+    Raises:
+      DataError: there is none.
+    """
+    folder = pathlib.Path(folder)
+    places = (folder, folder / "tokenizer", folder.parent / "tokenizer")
+    for path in (place / name for place in places for name in (*FAST, *PIECES)):
+      if path.is_file():
+        return cls(str(path), max_length)
+    raise errors.DataError(
+      f"no tokenizer in {', '.join(map(str, places))}: wants one of {', '.join((*FAST, *PIECES))} beside the encoder"
+    )
+
+  def __call__(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """tokens_BL int32 (padding 0) and mask_BL bool, both (len(texts), max_length).
+
+    Raises:
+      DataError: the file is no tokenizer. UsageError: the package that reads it is missing.
+    """
+    if isinstance(texts, str):
+      raise TypeError("FileTokenizer takes a list of texts; give [text] for one")
+    encode = _reader(self.path)
+    tokens_BL = np.zeros((len(texts), self.max_length), np.int32)
+    lengths_B = np.zeros(len(texts), np.int32)
+    for row, text in enumerate(texts):
+      ids = encode(tidy(text))
+      ids = ids if len(ids) <= self.max_length else [*ids[: self.max_length - 1], ids[-1]]
+      tokens_BL[row, : len(ids)] = ids
+      lengths_B[row] = len(ids)
+    return tokens_BL, np.arange(self.max_length) < lengths_B[:, None]
+
+
+def tidy(text: str) -> str:
+  """Entities resolved (twice: some captions were escaped twice), white space as single spaces."""
+  text = html.unescape(html.unescape(text)).encode("utf-8", errors="replace").decode("utf-8")
+  return re.sub(r"\s+", " ", text).strip()
+
+
+@functools.lru_cache(maxsize=4)
+def _reader(path: str) -> Callable[[str], list[int]]:
+  """Text to token numbers, special tokens included."""
+  file = pathlib.Path(path)
+  try:
+    if file.stat().st_size > FILE_BYTES:
+      raise ValueError(f"it has {file.stat().st_size} bytes")
+    if file.name in FAST:
+      import tokenizers
+
+      fast = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
+      fast.no_padding()
+      fast.no_truncation()
+      encode = lambda text: list(fast.encode(text).ids)
+      _check_end(path, encode)
+      return encode
+    import sentencepiece
+
+    pieces = sentencepiece.SentencePieceProcessor()
+    pieces.LoadFromSerializedProto(file.read_bytes())
+    end = [pieces.eos_id()] if pieces.eos_id() >= 0 else []
+    return lambda text: [*pieces.EncodeAsIds(text), *end]
+  except ImportError as error:
+    raise errors.UsageError(f"reading {path} needs the package {error.name}: {EXTRA}") from error
+  except errors.DataError:
+    raise
+  except Exception as error:  # the readers raise bare Exception and RuntimeError
+    raise errors.DataError(f"{path} is no tokenizer ({str(error)[:200]}); copy it again") from error
+
+
+def _check_end(path: str, encode: Callable[[str], list[int]]) -> None:
+  """Raises DataError where an empty text has no tokens: nothing marks the end, and a row could be empty."""
+  if not encode(""):
+    raise errors.DataError(f"{path} adds no end token to a text, so that an empty one has none; take the encoder's own")

@@ -25,7 +25,6 @@ from kling_jax.train import encoders
 
 PIXELS_AT_ONCE = 2**20  # a frame, over the rows of a device: 16 clips of 256 x 256, one of 720 x 1280
 MOST_ROWS = 16
-CAPTIONS_AT_ONCE = 64
 THREADS = 4  # decoding; the encoder runs meanwhile
 
 
@@ -152,9 +151,10 @@ def encode_text(source: ClipSource, encoder: encoders.FrozenTextEncoder, folder:
     todo = [(clip_id, caption) for clip_id, caption in captions if (text_variant(caption), clip_id) not in writer]
     report.held = len(captions) - len(todo)
     with progress.bar(f"text {encoder.card.encoder}", len(todo)) as bar:
-      for chunk in (todo[start : start + CAPTIONS_AT_ONCE] for start in range(0, len(todo), CAPTIONS_AT_ONCE)):
+      rows = encoder.rows
+      for chunk in (todo[start : start + rows] for start in range(0, len(todo), rows)):
         texts = [caption for _, caption in chunk]
-        tokens_BL, mask_BL = encoder.tokenizer(texts + [""] * (CAPTIONS_AT_ONCE - len(texts)))
+        tokens_BL, mask_BL = encoder.tokenizer(texts + [""] * (rows - len(texts)))
         text_BLD = np.asarray(apply(encoder.params, tokens_BL, mask_BL))
         for (clip_id, caption), text_LD, mask_L in zip(chunk, text_BLD, mask_BL, strict=False):
           writer.add(clip_id, text_variant(caption), text_LD[mask_L])

@@ -1,10 +1,11 @@
 """`kling sample`: videos from a checkpoint, from text, from an image, or continuing a video."""
 
 import dataclasses
+import functools
 import json
 import math
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ from kling_jax.data.tokens import ByteTokenizer
 from kling_jax.errors import ConfigError, DataError, UsageError, WeightsError, nearest
 from kling_jax.generate import rewrite
 from kling_jax.nn import rng
-from kling_jax.train import sharding, task, workdir
+from kling_jax.train import encoders, sharding, task, workdir
 from kling_jax.train.checkpoint import Checkpoints
 
 LEVELS = {"low": 0.0, "mid": 500.0, "high": 1000.0}  # of the normalised score: 1st percentile, middle, 99th
@@ -144,13 +145,12 @@ class Model:
   def _batch(
     self, requests: Sequence[Request], size: tuple[int, int, int], fps: float, negative: bool, known: bool
   ) -> dict[str, np.ndarray]:
-    if self.config.text.encoder != "bytes":
-      raise UsageError("this model reads text from a cache; encode the prompts first (kling encode)")
-    tokenizer = ByteTokenizer(self.config.text.tokens)
+    kind, encode = self._text
     batch: dict[str, np.ndarray] = {}
-    batch["tokens"], batch["tokens_mask"] = tokenizer([self._prompt(request) for request in requests])
+    batch[kind], batch[f"{kind}_mask"] = encode([self._prompt(request) for request in requests])
     if negative:
-      batch["negative_tokens"], batch["negative_tokens_mask"] = tokenizer([request.negative for request in requests])
+      texts = [request.negative for request in requests]
+      batch[f"negative_{kind}"], batch[f"negative_{kind}_mask"] = encode(texts)
     rows = [self._scores(request.scores) for request in requests]
     batch["scores"] = np.stack([row[0] for row in rows])
     batch["scores_known"] = np.stack([row[1] for row in rows])
@@ -159,6 +159,14 @@ class Model:
       batch["known_frames"] = np.stack([frames for frames, _ in given])
       batch["known"] = np.stack([mask for _, mask in given])
     return batch
+
+  @functools.cached_property
+  def _text(self) -> tuple[str, Callable[[Sequence[str]], tuple[np.ndarray, np.ndarray]]]:
+    """What of a text the model reads ("tokens" or "text"), and what makes it: texts -> (values, mask)."""
+    if self.config.text.encoder == "bytes":
+      return "tokens", ByteTokenizer(self.config.text.tokens)
+    encoder = encoders.text_encoder(self.config)
+    return "text", functools.partial(encoders.embed, encoder)
 
   def _prompt(self, request: Request) -> str:
     """The text that is encoded: the prompt, with the scores behind it where the model reads them there."""

@@ -39,6 +39,7 @@ PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
 PICKLES = (".bin", ".ckpt", ".pkl", ".pt", ".pth")
 HEADER_BYTES = 32 * 2**20  # about 300,000 tensors; the largest published models have some thousands
 SAMPLED_BYTES = 4096  # of each tensor, for a fingerprint
+CHECKED = 2**22  # values that are looked at together
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
@@ -279,7 +280,9 @@ class Layers:
 
   def __init__(self, recipe: Stacked, tensors: Mapping[str, np.ndarray]):
     """Raises WeightsError where the layers differ in shape or type."""
-    self._parts = [lambda name=name: recipe.build(tensors[name]) for name in recipe.names]
+    self._parts: list[Callable[[], np.ndarray]] = [
+      lambda name=name: recipe.build(tensors[name]) for name in recipe.names
+    ]
     first = self._parts[0]()
     self.dtype, self.shape = first.dtype, (len(recipe.names), *first.shape)
     self.size = math.prod(self.shape)
@@ -290,7 +293,7 @@ class Layers:
 
   def __getitem__(self, index: Any) -> np.ndarray:
     layers, *inner = index if isinstance(index, tuple) else (slice(None) if index is ... else index,)
-    parts = self._parts[layers]
+    parts: list[Callable[[], np.ndarray]] = self._parts[layers]
     first = parts[0]()[tuple(inner)]
     stacked = np.empty((len(parts), *first.shape), self.dtype)
     for place, part in zip(stacked, parts, strict=True):
@@ -412,23 +415,38 @@ def _place(path: str, array: Any, wanted: jax.ShapeDtypeStruct, report: Report) 
     report.cast[f"{array.dtype} -> {wanted.dtype}"] += 1
 
   def part(index: Any) -> np.ndarray:
-    values = np.array(array[index], wanted.dtype)
+    # Layers give an array of their own; anything else is the file, and must not stay mapped.
+    values = array[index].astype(wanted.dtype, order="C", copy=not isinstance(array, Layers))
     if not finite(values):
-      raise WeightsError(
-        f"{report.source}: {path} has values that are not finite (as {wanted.dtype}); take other weights"
-      )
+      raise WeightsError(f"{report.source}: {path} is not finite everywhere (as {wanted.dtype}); take other weights")
     return values
 
-  if wanted.sharding is None:
-    return part(...)
-  # Waiting keeps the host from reading the next parameter while this one still stands in its memory.
-  return jax.block_until_ready(jax.make_array_from_callback(tuple(wanted.shape), wanted.sharding, part))
+  return part(...) if wanted.sharding is None else _sharded(tuple(wanted.shape), wanted.sharding, part)
+
+
+def _sharded(shape: tuple[int, ...], sharding: jax.sharding.Sharding, part: Callable[[Any], np.ndarray]) -> jax.Array:
+  """The array whose slices are `part(index)`: one slice at a time stands in the host's memory."""
+  same: dict[str, list[tuple[jax.Device, Any]]] = collections.defaultdict(list)
+  for device, index in sharding.addressable_devices_indices_map(shape).items():
+    same[str(index)].append((device, index))
+  held: dict[jax.Device, jax.Array] = {}
+  for devices in same.values():
+    values = part(devices[0][1])
+    held |= {device: jax.device_put(values, device) for device, _ in devices}
+    jax.block_until_ready([held[device] for device, _ in devices])
+    del values
+  return jax.make_array_from_single_device_arrays(shape, sharding, list(held.values()))
 
 
 def finite(values: np.ndarray) -> bool:
   """Whether no float among `values` is NaN or infinite; of bfloat16 and smaller types too."""
   if not jax.dtypes.issubdtype(values.dtype, np.floating):
     return True
+  flat = values.reshape(-1)
+  return all(_finite(flat[start : start + CHECKED]) for start in range(0, flat.size, CHECKED))
+
+
+def _finite(values: np.ndarray) -> bool:
   if values.dtype == ml_dtypes.bfloat16:  # its exponent is all ones; many times faster than isfinite
     return not np.any((values.view(np.uint16) & 0x7F80) == 0x7F80)
   return bool(np.isfinite(values).all())

@@ -112,7 +112,9 @@ def read_config(tensors: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> 
   down = "encoder.down_blocks" if naming == DIFFUSERS else "encoder.downsamples"
   conv1 = "conv1" if naming == DIFFUSERS else "residual.2"
   numbers = sorted({int(name.split(".")[2]) for name in tensors if name.startswith(f"{down}.")})
-  widths, halve_time, blocks = [], [], 0
+  widths: list[int] = []
+  halve_time: list[bool] = []
+  blocks = 0
   for number in numbers:
     if f"{down}.{number}.resample.1.weight" in tensors:
       halve_time.append(f"{down}.{number}.time_conv.weight" in tensors)

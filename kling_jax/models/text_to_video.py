@@ -106,9 +106,9 @@ class TextToVideo(nnx.Module):
     """The DiT's prediction; known frames are shown clean, at time 0. Returns float32 in the shape of x."""
     c = conditions
     time = time_B
-    text_BLD, text_mask_BL = c.text_BLD, c.text_mask_BL
+    text_BLD, text_mask_BL = c.text_BLD, None if self.text_padding else c.text_mask_BL
     if self.text_padding:
-      text_BLD, text_mask_BL = jnp.where(text_mask_BL[..., None], text_BLD, 0), None
+      text_BLD = jnp.where(c.text_mask_BL[..., None], text_BLD, 0)
     if c.known_BT is not None and c.clean_BTHWC is not None:
       known = c.known_BT[:, :, None, None, None]
       x_BTHWC = jnp.where(known, c.clean_BTHWC.astype(x_BTHWC.dtype), x_BTHWC)

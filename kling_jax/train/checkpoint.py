@@ -40,6 +40,14 @@ class Checkpoints:
       step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)), force=True
     )
 
+  def save_weights(self, step: int, params: Mapping[str, Any], trained: Sequence[str], meta: Mapping[str, Any]) -> None:
+    """Saves weights alone: for sampling and warm starts (`restore_params`), not for going on with a run."""
+    frozen = {name: value for name, value in params.items() if name not in trained}
+    state = {"params": frozen, "ema": {name: params[name] for name in trained}}
+    meta = {**meta, "trained": list(trained), "shapes": describe(params)}
+    items = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
+    self._manager.save(step, args=items, force=True)
+
   def meta(self, step: int) -> dict[str, Any]:
     """The JSON part of a checkpoint: config, counters, constants, parameter shapes."""
     return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta

@@ -11,14 +11,17 @@ import numpy as np
 from flax import nnx
 
 from kling_jax.data.cache import Card, LatentCache, TextCache, weights_hash
-from kling_jax.data.tokens import ByteTokenizer
-from kling_jax.errors import ConfigError
+from kling_jax.data.tokens import ByteTokenizer, FileTokenizer
+from kling_jax.errors import ConfigError, WeightsError
+from kling_jax.interop import detect, safetensors
 from kling_jax.models import latents, video_vae
 from kling_jax.models.text_encoder import ByteTextEncoder
 from kling_jax.nn import params as params_lib
 from kling_jax.nn.params import Params
-from kling_jax.train import warm_start
+from kling_jax.train import warm_start, workdir
 from kling_jax.train.task import PRECISIONS
+
+TEXT_KINDS = ("t5", "clip_text")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,12 +50,14 @@ class FrozenTextEncoder:
     tokenizer: captions -> tokens (B, L), mask (B, L).
     params: its weights.
     encode: (params, tokens, mask) -> text (B, L, D); pure, to be jitted.
+    rows: texts a call.
   """
 
   card: Card
   tokenizer: Callable[[Sequence[str]], tuple[np.ndarray, np.ndarray]]
   params: Params
   encode: Callable[[Params, jax.Array, jax.Array], jax.Array]
+  rows: int = 64
 
 
 def latent_encoder(config: ml_collections.ConfigDict) -> FrozenCodec:
@@ -77,20 +82,76 @@ def latent_encoder(config: ml_collections.ConfigDict) -> FrozenCodec:
 
 
 def text_encoder(config: ml_collections.ConfigDict) -> FrozenTextEncoder:
-  """The frozen text encoder of a video_dit config whose `text.encoder` is "cached": a byte encoder trained before.
+  """The frozen text encoder of a video_dit config whose `text.encoder` is "cached".
+
+  `text.weights` is a folder of a T5, umT5 or CLIP text tower with its tokenizer, or a work directory (or safetensors)
+  of a byte encoder that was trained before. The former computes in the config's precision.
 
   Raises:
-    ConfigError: the config trains its text encoder along, or names no weights.
+    ConfigError: the config trains its text encoder along, or names no weights, or another width.
     WeightsError: the weights do not fit.
+    DataError: there is no tokenizer.
   """
+  found = _foreign_text(config)
+  if found is not None:
+    return _read_foreign_text(config, found)
   c = config.text
-  if c.encoder != "cached":
-    raise ConfigError(f"config key 'text.encoder' = {c.encoder!r} reads no cache; 'cached' does")
   init = lambda: ByteTextEncoder(c.width, c.depth, c.tokens, rngs=nnx.Rngs(0))
   graph, params = _load(init, c.weights, "text.", "text.weights")
   card = Card("text", "bytes", weights_hash(params), details={"width": c.width, "tokens": c.tokens})
   encode = lambda params, tokens_BL, mask_BL: params_lib.merge(graph, params)(tokens_BL, mask_BL)
   return FrozenTextEncoder(card, ByteTokenizer(c.tokens), params, encode)
+
+
+def embed(encoder: FrozenTextEncoder, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+  """Vectors (B, L, D) float32 of texts, zero behind each one's end, and their mask (B, L); `encoder.rows` at a time."""
+  parts = []
+  for start in range(0, len(texts), encoder.rows):
+    chunk = list(texts[start : start + encoder.rows])
+    tokens_BL, mask_BL = encoder.tokenizer(chunk + [""] * (encoder.rows - len(chunk)))
+    text_BLD = jax.jit(encoder.encode)(encoder.params, tokens_BL, mask_BL)
+    parts.append((np.asarray(text_BLD, np.float32)[: len(chunk)], mask_BL[: len(chunk)]))
+  return np.concatenate([text for text, _ in parts]), np.concatenate([mask for _, mask in parts])
+
+
+def text_card(config: ml_collections.ConfigDict) -> Card:
+  """The card of `text_encoder(config)`, without reading a foreign encoder's weights."""
+  found = _foreign_text(config)
+  return text_encoder(config).card if found is None else _foreign_card(config, found)
+
+
+def _foreign_text(config: ml_collections.ConfigDict) -> detect.Foreign | None:
+  """The pretrained encoder that `text.weights` names; None where that is not of a foreign layout."""
+  c = config.text
+  if c.encoder != "cached":
+    raise ConfigError(f"config key 'text.encoder' = {c.encoder!r} reads no cache; 'cached' does")
+  source = pathlib.Path(c.weights or ".")
+  if not c.weights or not source.exists() or workdir.is_one(source):
+    return None
+  found = detect.recognise(source)
+  if found is None:
+    return None
+  if found.kind not in TEXT_KINDS:
+    raise WeightsError(f"config key 'text.weights' = {c.weights} holds a {found.kind}; wanted: {', '.join(TEXT_KINDS)}")
+  if found.config.width != c.width:
+    raise ConfigError(f"config key 'text.width' = {c.width}, but the encoder in {c.weights} has {found.config.width}")
+  return found
+
+
+def _foreign_card(config: ml_collections.ConfigDict, found: detect.Foreign) -> Card:
+  details = {"width": found.config.width, "tokens": config.text.tokens, "precision": config.precision}
+  return Card("text", found.kind, safetensors.fingerprint(found.tensors), details=details)
+
+
+def _read_foreign_text(config: ml_collections.ConfigDict, found: detect.Foreign) -> FrozenTextEncoder:
+  dtype = PRECISIONS[config.precision]
+  tokenizer = FileTokenizer.find(detect.folder_of(found), config.text.tokens)
+  graph, shapes, _ = params_lib.abstract(found.init)
+  # Weights in the precision that they are used in: umT5-xxl has 5.7e9 of them.
+  wanted = {name: jax.ShapeDtypeStruct(leaf.shape, dtype) for name, leaf in shapes.items()}
+  params, _ = safetensors.load_into(wanted, found.tensors.source, found.name_map, allow_unexpected=found.ignored)
+  encode = lambda params, tokens_BL, mask_BL: params_lib.merge(graph, params)(tokens_BL, mask_BL, dtype=dtype)
+  return FrozenTextEncoder(_foreign_card(config, found), tokenizer, params, encode, rows=8)
 
 
 def latent_caches(config: ml_collections.ConfigDict, folders: Sequence[pathlib.Path | None]) -> tuple[LatentCache, ...]:
@@ -106,7 +167,7 @@ def latent_caches(config: ml_collections.ConfigDict, folders: Sequence[pathlib.P
 
 def text_caches(config: ml_collections.ConfigDict, folders: Sequence[pathlib.Path | None]) -> tuple[TextCache, ...]:
   """The caches of the config's text encoder beside the sources in `folders`; see `latent_caches`."""
-  card = text_encoder(config).card
+  card = text_card(config)
   return tuple(TextCache(card.folder(folder), card) for folder in _on_disk(folders))
 
 

@@ -88,7 +88,7 @@ def run(config: ml_collections.ConfigDict, folder: str | pathlib.Path) -> Summar
   log = _Log(writer, counters, peak_flops * jax.device_count() if peak_flops else None, config.guard.max_skipped)
   meta = lambda: {
     "config": plain(config), "counters": dataclasses.asdict(counters), "constants": job.constants(),
-    "trained": update.trained,
+    "trained": update.trained, "origins": warm_start.origins(folder),
   }  # fmt: skip
   step, failed = start, True
   with Preemption() as preemption, progress.bar(f"train {config.task}", config.steps) as bar:

@@ -1,5 +1,6 @@
 """Weights from elsewhere at step 0: `init_from` and frozen pretrained parts, with a strict report."""
 
+import json
 import pathlib
 from collections.abc import Mapping, Sequence
 
@@ -8,10 +9,12 @@ import ml_collections
 
 from kling_jax import files
 from kling_jax.errors import WeightsError
-from kling_jax.interop import safetensors
+from kling_jax.interop import detect, safetensors
 from kling_jax.nn.params import Params
 from kling_jax.train import workdir
 from kling_jax.train.checkpoint import Checkpoints
+
+REPORT = "init_report.json"
 
 
 def apply(
@@ -46,8 +49,19 @@ def apply(
     params = params | {prefix + name: jax.device_put(value, shardings[prefix + name]) for name, value in loaded.items()}
     report.append({"source": str(source), "prefix": prefix, **lines})
   if report and jax.process_index() == 0:
-    files.write_json(folder / "init_report.json", report)
+    files.write_json(folder / REPORT, report)
   return params
+
+
+def origins(folder: pathlib.Path) -> list[dict[str, str]]:
+  """Where the weights of a work directory came from, and their fingerprints; [] for a run that began at random."""
+  path = folder / REPORT
+  if not path.is_file():
+    return []
+  report = json.loads(path.read_text(encoding="utf-8"))
+  return [
+    {key: str(part[key]) for key in ("source", "prefix", "fingerprint", "step") if key in part} for part in report
+  ]
 
 
 def load(
@@ -58,7 +72,7 @@ def load(
   Returns:
     (loaded parameters, report: kind, step, loaded, missing, unexpected).
   """
-  if (source / "config.json").exists() and (source / "checkpoints").is_dir():
+  if workdir.is_one(source):
     workdir.read_config(source)
     checkpoints = Checkpoints(source)
     step = checkpoints.latest()
@@ -67,6 +81,25 @@ def load(
     params, names = checkpoints.restore_matching(step, wanted, allow_missing)
     return params, {"kind": "work directory", "step": step, **names}
   if source.exists():
+    found = detect.recognise(source)
+    if found is not None:
+      return _load_foreign(found, wanted, allow_missing)
     params, report = safetensors.load_into(wanted, source, allow_missing=allow_missing)
-    return params, {"kind": "safetensors", **report.to_json()}
+    return params, {"kind": "safetensors", "fingerprint": safetensors.fingerprint(source), **report.to_json()}
   raise WeightsError(f"init_from {source} does not exist; give a work directory or a folder of safetensors")
+
+
+def _load_foreign(
+  found: detect.Foreign, wanted: Mapping[str, jax.ShapeDtypeStruct], allow_missing: Sequence[str]
+) -> tuple[Params, dict[str, object]]:
+  """Weights in a foreign layout; a transformer lands under "dit." where the whole model is wanted."""
+  prefix = "dit." if found.kind == "video_dit" and any(name.startswith("dit.") for name in wanted) else ""
+  name_map = {prefix + path: recipe for path, recipe in found.name_map.items()}
+  allowed = (*allow_missing, *(prefix + pattern for pattern in found.ours))
+  if prefix:  # what stands beside the transformer: of our own making, or loaded from elsewhere
+    allowed = (*allowed, "null_text", "codec.*")
+  params, report = safetensors.load_into(
+    wanted, found.tensors.source, name_map, allow_missing=allowed, allow_unexpected=found.ignored
+  )
+  facts = {"kind": found.kind, "naming": found.naming, "fingerprint": safetensors.fingerprint(found.tensors)}
+  return params, facts | report.to_json()

@@ -24,6 +24,11 @@ FREE = (
 )
 
 
+def is_one(folder: pathlib.Path) -> bool:
+  """Whether `folder` is a work directory."""
+  return (folder / "config.json").is_file() and (folder / "checkpoints").is_dir()
+
+
 def claim(workdir: pathlib.Path, config: ml_collections.ConfigDict, write: bool = True) -> None:
   """Writes `config.json`, or compares with the one that is there.
 

@@ -78,6 +78,7 @@ class VideoDiTTask(Task):
       self.dit,
       text_depth=c.text.depth if c.text.encoder == "bytes" else 0,
       text_tokens=c.text.tokens,
+      text_padding=c.text.padding,
       codec=VideoVAE.preset(c.codec.preset, rngs=rngs) if c.codec.name == "vae" else None,
       rngs=rngs,
     )
