@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import math
 import pathlib
 import time
+import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -47,6 +49,34 @@ def seconds(run: Callable[[], Any], rounds: int = 3) -> float:
     run()
     taken.append(time.perf_counter() - start)
   return min(taken)
+
+
+def times(ours: Callable[[], Any], theirs: Callable[[], Any], rounds: int = 3) -> dict[str, float]:
+  """{"seconds", "reference_seconds"} of a row: the shortest of a few calls each, by turns, after one that is not timed.
+
+  Turns let a slow spell of the machine meet both. Both must wait for their answers.
+  """
+  best = {"seconds": math.inf, "reference_seconds": math.inf}
+  for turn in range(rounds + 1):
+    for name, run in (("seconds", ours), ("reference_seconds", theirs)):
+      start = time.perf_counter()
+      run()
+      if turn:
+        best[name] = min(best[name], time.perf_counter() - start)
+  return best
+
+
+def drawn(shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict[str, np.ndarray]:
+  """Weights of a network whose own would be too large for a fixture, from names and shapes alone.
+
+  Each is normal with variance 1 / fan in, vectors with a deviation of 0.1; the tests draw the same.
+  """
+  found = {}
+  for name, shape in shapes.items():
+    scale = math.prod(shape[1:]) ** -0.5 if len(shape) > 1 else 0.1
+    values = np.random.default_rng([seed, zlib.crc32(name.encode())]).standard_normal(shape) * scale
+    found[name] = values.astype(np.float32)
+  return found
 
 
 # ---- fixtures --------------------------------------------------------------------------------------------------------
