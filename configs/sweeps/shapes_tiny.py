@@ -30,10 +30,9 @@ import ml_collections
 from kling_jax import config
 from kling_jax.scaling import arms
 
-GRID = ("d16x2", "d32x2", "d48x2")
 STUDY = arms.Study(
   horizons=(98_304, 196_608),  # tokens; 2,048 and 4,096 clips of 48
-  batches=dict.fromkeys(GRID, (4, 8, 16)),
+  batches={"d16x2": (4, 8), "d32x2": (4, 8), "d48x2": (4, 8, 16)},
   rates={"d16x2": (4e-3, 8e-3, 1.6e-2), "d32x2": (2.5e-3, 5e-3, 1e-2), "d48x2": (2e-3, 4e-3, 8e-3)},
   repeats={"d32x2": (8, 5e-3), "d48x2": (8, 4e-3)},
   holdouts=(("d64x2", 589_824, 3, 4),),
