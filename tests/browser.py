@@ -75,10 +75,11 @@ class Browser:
     elif event["method"] == "Page.loadEventFired":
       self._loaded = True
 
-  def open(self, path: pathlib.Path, width: int = 1280, height: int = 900) -> None:
+  def open(self, path: pathlib.Path | str, width: int = 1280, height: int = 900) -> None:
+    """Shows a file, or an address."""
     self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
     self._loaded = False
-    self.call("Page.navigate", url=path.as_uri())
+    self.call("Page.navigate", url=path if isinstance(path, str) else path.as_uri())
     deadline = time.monotonic() + 60
     while not self._loaded:
       assert time.monotonic() < deadline

@@ -191,6 +191,24 @@ def _score(args: argparse.Namespace) -> int:
   return score_command.command(args.input, wanted=wanted, workers=args.workers, as_json=args.json)
 
 
+def _add_annotate(parser: argparse.ArgumentParser) -> None:
+  parser.add_argument("--db", required=True, metavar="FILE", help="where ratings are kept (SQLite)")
+  parser.add_argument("--input", help="clip set to rate; with --import: whose clips the table rates")
+  parser.add_argument("--port", type=int, help="of 127.0.0.1 (default: that of the last time, else a free one)")
+  parser.add_argument("--export", metavar="FILE", help="write labels to a .parquet or .csv, and raw ratings beside "
+                      "it (..._raw); serve nothing")  # fmt: skip
+  parser.add_argument("--import", dest="table", metavar="FILE", help="take raw ratings of a .csv or .parquet with the "
+                      "columns clip_id, rater, rating; serve nothing")  # fmt: skip
+  parser.add_argument("--skip_unknown", action="store_true", help="--import: leave out clips that the set lacks")
+  answers.add_flag(parser)
+
+
+def _annotate(args: argparse.Namespace) -> int:
+  from kling_jax.curation import annotate_command
+
+  return annotate_command.run(args)
+
+
 VERBS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int], str]] = {
   "split": (_add_split, _split, "Transitions and shots of videos."),
   "curate": (_add_curate, _curate, "Raw videos to a scored, selected clip set."),
@@ -198,5 +216,6 @@ VERBS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[argp
   "select": (_add_select, _select, "Which clips of a set are kept, by rules; or what rules would do."),
   "caption": (_add_caption, _caption, "Captions in six parts for a clip set or loose videos."),
   "dedup": (_add_dedup, _dedup, "Copies in a set, or of another set: equal, near, or close in an embedding."),
+  "annotate": (_add_annotate, _annotate, "A page on which people rate clips; labels out of ratings."),
   "report": (_add_report, _report, "The page of a set: funnel, limits to drag, clips kept and dropped, timings."),
 }
