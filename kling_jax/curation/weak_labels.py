@@ -140,6 +140,14 @@ def make(
   return len(rows)
 
 
+def local() -> pathlib.Path:
+  """A small set (three scenes, three degradations) in the user's cache, for trying things out; made where missing."""
+  output = pathlib.Path.home() / ".cache" / "kling_jax" / RECIPE.replace(" ", "-")
+  if not (output / TABLE).exists():
+    make([], output, scenes=3, kinds=("blur", "noise", "borders"))
+  return output
+
+
 def _write(
   writer: records.RecordWriter, shot: Shot, others: Sequence[Shot], wanted: Sequence[tuple[str, int, str]],
   scorers: Sequence[measure.Scorer],

@@ -78,7 +78,9 @@ def _blocking(frame: np.ndarray, strength: int) -> np.ndarray:
   """Coarse quantisation of 8 x 8 blocks: JPEG of quality 30, 16, 9, 4."""
   quality = (30, 16, 9, 4)[strength - 1]
   _, data = cv2.imencode(".jpg", np.ascontiguousarray(frame[..., ::-1]), [cv2.IMWRITE_JPEG_QUALITY, quality])
-  return cv2.imdecode(data, cv2.IMREAD_COLOR)[..., ::-1]
+  picture = cv2.imdecode(data, cv2.IMREAD_COLOR)
+  assert picture is not None  # it was just written
+  return picture[..., ::-1]
 
 
 def _noise(shot, strength, rng, others):

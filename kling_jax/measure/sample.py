@@ -17,7 +17,7 @@ from av.video.reformatter import ColorRange
 
 from kling_jax.data import decode, picture, thumbnail
 from kling_jax.errors import DataError
-from kling_jax.measure import motion
+from kling_jax.measure import fragments, motion
 
 PLACES = 8
 CLOSELY = slice(None, None, 2)  # of the places
@@ -62,6 +62,7 @@ class Sample:
     runs: (F,) number of the run of consecutive frames that a thumbnail belongs to.
     vectors: of the second frames of the pairs, where they have any; none where the codec keeps none.
     media: the file or bytes that the frames come from; none for bare frames.
+    mosaics_QTHWC: uint8 fragments (`fragments.Plan`), where they were asked for.
   """
 
   frames_THWC: np.ndarray
@@ -76,6 +77,7 @@ class Sample:
   runs: np.ndarray
   vectors: list[Vectors] | None = None
   media: decode.Media | None = None
+  mosaics_QTHWC: np.ndarray | None = None
 
   @functools.cached_property
   def places(self) -> list[int]:
@@ -107,12 +109,16 @@ class Sample:
     return {(i, j): motion.flow(small[i], small[j], self.times_s[j] - self.times_s[i]) for i, j in self.steps}
 
 
-def of_frames(frames_THWC: np.ndarray, times_s: np.ndarray) -> Sample:
+Wish = tuple[fragments.Plan, int]  # which fragments, and the seed of their places
+
+
+def of_frames(frames_THWC: np.ndarray, times_s: np.ndarray, wish: Wish | None = None) -> Sample:
   """The sample of frames that are at hand, such as a generated video: all of them.
 
   Args:
     frames_THWC: uint8 RGB (T, H, W, 3) at any size.
     times_s: (T,) their ascending seconds.
+    wish: fragments to take along.
 
   Raises:
     DataError: no frames, a wrong shape or dtype, or times that do not match them.
@@ -127,6 +133,11 @@ def of_frames(frames_THWC: np.ndarray, times_s: np.ndarray) -> Sample:
   greys = [cv2.cvtColor(np.ascontiguousarray(frame), cv2.COLOR_RGB2GRAY) for frame in frames_THWC]
   firsts = [i for i, _ in pairs] or list(range(len(times_s)))[:PLACES]
   size = (thumbnail.WIDTH, thumbnail.HEIGHT)
+  height, width = frames_THWC.shape[1:3]
+  collector = fragments.Collector(*wish, height, width, len(times_s), 1.0) if wish else None
+  if collector:
+    for number, index in enumerate(collector.wanted):
+      collector.take(number, frames_THWC[index])
   return Sample(
     frames_THWC=frames_THWC,
     times_s=times_s,
@@ -138,6 +149,7 @@ def of_frames(frames_THWC: np.ndarray, times_s: np.ndarray) -> Sample:
     thumbs_FHW=np.stack([cv2.resize(grey, size, interpolation=cv2.INTER_AREA) for grey in greys]),
     thumb_times_s=times_s,
     runs=np.zeros(len(times_s), np.int64),
+    mosaics_QTHWC=collector.mosaics_QTHWC if collector else None,
   )
 
 
@@ -175,11 +187,15 @@ def _places(duration_s: float, fps: float) -> tuple[np.ndarray, float]:
   return np.unique(np.round(starts * fps)) * step, gap
 
 
-def of_media(source: decode.Media, *, limits: decode.Limits = decode.DEFAULT_LIMITS) -> Sample:
+def of_media(
+  source: decode.Media, wish: Wish | None = None, *, limits: decode.Limits = decode.DEFAULT_LIMITS
+) -> Sample:
   """Samples a video file or encoded bytes in one decoding pass (long ones: by seeking to the places).
 
   Args:
     source: a file or bytes.
+    wish: fragments to take along: in the same pass, or, of a clip so long that only its places are decoded, in another
+      that seeks to them.
     limits: time, size and threads.
 
   Raises:
@@ -200,9 +216,13 @@ def of_media(source: decode.Media, *, limits: decode.Limits = decode.DEFAULT_LIM
     for start, third in zip(close, thirds, strict=True)
     if third >= -1e-6 and gap > 0
   )
+  collector = fragments.Collector(*wish, info.height, info.width, info.num_frames, info.duration_s) if wish else None
+  whole = info.duration_s <= WHOLE_S
   with decode.Cursor(source, limits, vectors=True) as cursor:
     firsts, seconds = ([index(second) for second in moments] for moments in (starts, starts + gap))
-    seen = _look(cursor, times_s, info, size, firsts, seconds)
+    seen = _look(cursor, times_s, info, size, firsts, seconds, collector if whole else None)
+  if collector and not whole:
+    _collect(source, collector, limits)
   return Sample(
     frames_THWC=seen.frames_THWC,
     times_s=times_s,
@@ -216,7 +236,16 @@ def of_media(source: decode.Media, *, limits: decode.Limits = decode.DEFAULT_LIM
     runs=np.array(seen.runs),
     vectors=seen.vectors or None,
     media=source,
+    mosaics_QTHWC=collector.mosaics_QTHWC if collector else None,
   )
+
+
+def _collect(source: decode.Media, collector: fragments.Collector, limits: decode.Limits) -> None:
+  """The fragments of a long clip."""
+  with decode.Cursor(source, limits) as cursor:
+    targets = decode.ticks(cursor.video.seconds(cursor.pts) + collector.times_s, cursor.video)
+    for number, target in enumerate(targets.tolist()):
+      collector.take(number, cursor.shown_at(target))
 
 
 @dataclasses.dataclass
@@ -240,12 +269,18 @@ def _look(
   size: tuple[int, int],
   firsts: list[int],
   seconds: list[int],
+  collector: fragments.Collector | None,
 ) -> _Seen:
-  """Walks over the spans of a clip and takes the frames shown at `times_s`: luma of `firsts`, vectors of `seconds`."""
+  """Walks over the spans of a clip and takes the frames shown at `times_s`: luma of `firsts`, vectors of `seconds`.
+
+  `collector` is shown the frames that it wants.
+  """
   seen = _Seen(np.empty((len(times_s), *size, 3), np.uint8))
   video = cursor.video
   origin = cursor.pts
   targets = decode.ticks(video.seconds(origin) + times_s, video)
+  mosaic_times_s = np.zeros(0) if collector is None else collector.times_s
+  mosaic_targets = decode.ticks(video.seconds(origin) + mosaic_times_s, video)
 
   def take(number: int, frame: av.VideoFrame) -> None:
     seen.frames_THWC[number] = picture.cover(frame, *size)
@@ -263,21 +298,27 @@ def _look(
       if number in firsts[CLOSELY]:
         seen.crops.append(_crop(luma).copy())
 
-  number = 0
+  number = mosaic = 0
+
+  def advance(before: int, shown: av.VideoFrame) -> None:
+    """Takes what is wanted of the frame that shows until tick `before`."""
+    nonlocal number, mosaic
+    while number < len(targets) and targets[number] < before:
+      take(number, shown)
+      number += 1
+    while collector is not None and mosaic < len(mosaic_targets) and mosaic_targets[mosaic] < before:
+      collector.take(mosaic, shown)
+      mosaic += 1
+
   for run, (start, end) in enumerate(_spans(targets, info)):
     shown = cursor.shown_at(start - 1)  # a long frame may begin before the span
     for pts, frame in cursor.span(start, end):
-      while number < len(targets) and targets[number] < pts:
-        take(number, shown)
-        number += 1
-      if number < len(targets) and targets[number] >= pts:
-        shown = frame
+      advance(pts, shown)
+      shown = frame
       seen.thumbs.append(thumbnail.thumbnail(frame)[: thumbnail.HEIGHT * thumbnail.WIDTH].reshape(thumbnail.HEIGHT, -1))
       seen.thumb_times_s.append(video.seconds(pts - origin))
       seen.runs.append(run)
-    while number < len(targets) and targets[number] < end:
-      take(number, shown)
-      number += 1
+    advance(end, shown)
   return seen
 
 

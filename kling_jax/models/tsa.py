@@ -8,6 +8,7 @@ ends in a GELU there, here in its input, which training by order does not see an
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Sequence
 
 import jax
@@ -204,3 +205,26 @@ class TSA(nnx.Module):
     else:
       fused_BD = jnp.concatenate([vectors[name] for name in self.shape.branches], axis=-1)
     return self.head(jnp.asarray(fused_BD), keys_B)[:, 0].astype(jnp.float32)
+
+
+def products(shape: Shape, frames: int, rows: int, columns: int, image: int) -> float:
+  """Multiplications of one forward pass over one mosaic and one picture: kernels, depthwise taps and attention."""
+  total = 0.0
+  if "dynamic" in shape.branches:
+    swin = shape.swin
+    size = [-(-side // patch) for side, patch in zip((frames, rows, columns), swin.patch, strict=True)]
+    total += math.prod(size) * 3 * math.prod(swin.patch) * swin.width
+    for stage, depth in enumerate(swin.depths):
+      width, tokens = swin.width * 2**stage, math.prod(size)
+      seen = math.prod(min(side, window) for side, window in zip(size, swin.window, strict=True))
+      total += depth * tokens * width * (12 * width + 2 * seen)
+      if stage < len(swin.depths) - 1:
+        size[1:] = [-(-side // 2) for side in size[1:]]
+        total += math.prod(size) * 8 * width * width
+  if "static" in shape.branches:
+    net = shape.convnext
+    for stage, (depth, width) in enumerate(zip(net.depths, net.widths, strict=True)):
+      places = (image // 2 ** (stage + 2)) ** 2
+      total += places * (4 * net.widths[stage - 1] * width if stage else 48 * width)
+      total += depth * places * width * (8 * width + net.kernel**2)
+  return total + 10 * shape.width**2

@@ -27,7 +27,7 @@ STD = 0.02  # of initial kernels and tables
 MASKED = -100.0  # what the published weights were trained with between parts of a shifted window
 SCORES = 4 * 2**20  # of attention at a time on CPU: more leave its caches
 
-Size = tuple[int, int, int]  # frames, rows, columns
+Size = tuple[int, ...]  # frames, rows, columns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,7 +188,7 @@ class Geometry:
     return roll(x, self.shift, 1)[:, :T, :H, :W]
 
 
-def partition(x, window: Size):
+def partition(x, window: tuple[int, ...]):
   """(B, T, H, W, C) to (B, windows, tokens, C), for NumPy and JAX alike."""
   B, T, H, W, C = x.shape
   t, h, w = window
@@ -196,7 +196,7 @@ def partition(x, window: Size):
   return x.reshape(B, -1, t * h * w, C)
 
 
-def roll(x, shift: Size, sign: int):
+def roll(x, shift: tuple[int, ...], sign: int):
   """The map moved by `sign` times the shift, around its ends."""
   if not any(shift):
     return x
@@ -225,7 +225,7 @@ def geometry(size: Size, window: Size, fragments: tuple[int, ...], odd: bool) ->
     for w, s in zip(used_window, shift, strict=True)
   ]
   for number, box in enumerate(itertools.product(*slices)):
-    regions[(0, *box)] = number
+    regions[0, box[0], box[1], box[2]] = number
   cells_WNC = partition(roll(cells, shift, -1), used_window)[0]
   return Geometry(size, padded, used_window, shift, cells_WNC, partition(regions, used_window)[0, ..., 0])
 
