@@ -53,6 +53,7 @@ EXTRAS["test"] = (
     "fsspec>=2024.6",  # its file system in memory stands for a bucket
     "hypothesis>=6.100",
     "mypy>=1.11",
+    "pillow>=10",  # the reference of resampling
     "opentimelineio>=0.17",  # reads the shot lists back
     "otio-cmx3600-adapter>=1.0",
     "psutil>=6",

@@ -48,7 +48,9 @@ def _add_curate(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("--short_side", type=int, help="clips are shrunk to it; 0 keeps the source's size (default: 720)")
   parser.add_argument("--crf", type=float, help="H.264 quality of what is encoded (default: 18)")
   parser.add_argument("--no_copy", action="store_true", help="encode all clips anew instead of copying H.264 packets")
-  parser.add_argument("--scorers", help="default, presets, jax, names, your package.module:NAME; by commas")
+  parser.add_argument(
+    "--scorers", help="default, presets, jax, raft:WEIGHTS, names, your package.module:NAME; by commas"
+  )
   parser.add_argument("--keep", action="append", metavar="RULE",
                       help="what is kept, e.g. 'motion >= 0.01'; repeat for others (see `kling select`)")  # fmt: skip
   parser.add_argument("--seconds_per_video", type=float, help="longer ones are quarantined as timeout (default: 3600)")
@@ -176,7 +178,8 @@ def _add_score(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("--input", required=True, nargs="+", metavar="SET_OR_FILES",
                       help="clip set, which gets the scores it lacks; or video files and folders of them")  # fmt: skip
   parser.add_argument("--scorers", default="default",
-                      help="default, presets, names such as motion, your package.module:NAME; by commas")  # fmt: skip
+                      help="default, presets, jax, raft:WEIGHTS, names such as motion, your package.module:NAME; "
+                           "by commas")  # fmt: skip
   parser.add_argument("--aesthetic_weights", metavar="FILE_OR_FOLDER",
                       help="safetensors of CLIP ViT-L/14 and LAION's head (default: a classical stand-in)")  # fmt: skip
   parser.add_argument("--workers", type=int, help="processes (default: one a core)")

@@ -76,6 +76,7 @@ SCORERS = (
   Scorer(text.NAME, text.VERSION, text.CONDITIONS, text.text),
   Scorer(watermark.NAME, watermark.VERSION, watermark.CONDITIONS, watermark.watermark),
 )
+RAFT = "raft:"  # before the place of its weights
 # Each decodes the media anew.
 PRESETS = tuple(Scorer(one.name, published.VERSION, one.conditions, one.measure) for one in published.DEFINITIONS)
 
@@ -85,11 +86,12 @@ def chosen(words: Sequence[str]) -> tuple[Scorer, ...]:
 
   Args:
     words: "default" (what `kling curate` measures), "presets" (the definitions of published filters), "jax" (the
-      camera's scores and flow_motion by the flow in JAX), a condition such as "motion", or "package.module:NAME", a
-      `Scorer` of yours.
+      camera's scores and flow_motion by the flow in JAX), "raft:FILE_OR_FOLDER" (the same by RAFT-small with the
+      weights there), a condition such as "motion", or "package.module:NAME", a `Scorer` of yours.
 
   Raises:
     UsageError: an unknown condition, or a module without that scorer.
+    WeightsError: no weights of RAFT-small where the word says.
   """
   known = {condition: scorer for scorer in (*PRESETS, *SCORERS) for condition in scorer.conditions}
   picked: list[Scorer] = []
@@ -100,6 +102,8 @@ def chosen(words: Sequence[str]) -> tuple[Scorer, ...]:
       picked += PRESETS
     elif word == "jax":
       picked += _in_jax()
+    elif word.startswith(RAFT):
+      picked += _raft(word.removeprefix(RAFT))
     elif ":" in word:
       picked.append(_foreign(word))
     elif word in known:
@@ -118,6 +122,12 @@ def _in_jax() -> list[Scorer]:
     Scorer(flow.NAME, flow.VERSION, flow.CONDITIONS, flow.flow_motion),
     Scorer(flow.CAMERA_NAME, flow.VERSION, camera.CONDITIONS, flow.camera_motion),
   ]
+
+
+def _raft(source: str) -> tuple[Scorer, ...]:
+  from kling_jax.measure import raft  # it starts JAX
+
+  return raft.scorers(source)
 
 
 def _foreign(word: str) -> Scorer:
