@@ -13,11 +13,15 @@ import numpy as np
 from flax import nnx
 
 from kling_jax.errors import ConfigError, WeightsError
-from kling_jax.interop import clip_text, sd_vae, t5, wan_dit, wan_vae
+from kling_jax.interop import chameleon, clip_text, llama, qwen3_vl, sd_vae, t5, wan_dit, wan_vae
 from kling_jax.interop.names import Entries, prefixed, recipes
 from kling_jax.interop.safetensors import Built, Stacked, Tensors
+from kling_jax.models.chameleon import Chameleon
 from kling_jax.models.clip_text import ClipTextConfig, ClipTextEncoder
 from kling_jax.models.image_vae import ImageVAE, ImageVAEConfig
+from kling_jax.models.language_model import LanguageModel
+from kling_jax.models.language_model import Shape as LanguageShape
+from kling_jax.models.qwen_vl import QwenVL
 from kling_jax.models.t5 import T5Config, T5Encoder
 from kling_jax.models.video_dit import VideoDiT, VideoDiTConfig
 from kling_jax.models.video_vae import VideoVAE, VideoVAEConfig
@@ -34,6 +38,7 @@ CLASSES: dict[str, tuple[type, Callable[..., nnx.Module]]] = {
   "image_vae": (ImageVAEConfig, ImageVAE),
   "t5": (T5Config, T5Encoder),
   "clip_text": (ClipTextConfig, ClipTextEncoder),
+  "language_model": (LanguageShape, LanguageModel),
 }
 
 
@@ -42,7 +47,8 @@ class Foreign:
   """A model in a layout that is not ours.
 
   Attributes:
-    kind: video_dit, video_vae, image_vae, t5 or clip_text: the name of our class's file.
+    kind: video_dit, video_vae, image_vae, t5, clip_text, language_model, chameleon or qwen_vl: the name of our class's
+      file.
     naming: whose names they are.
     config: the shape, of our class.
     init: builds our class, for its shapes.
@@ -193,6 +199,21 @@ def _under(prefix: str, names: _Stripped, tensors: Tensors, facts: dict[str, Any
     clip = clip_text.read_config(names, facts)
     return build("clip_text", "transformers", clip, ClipTextEncoder, clip_text.entries(clip),
                  ignored=clip_text.unused(names))  # fmt: skip
+  if prefix:  # decoders have names of their own before their layers
+    return None
+  if chameleon.held(names):
+    both = chameleon.read_config(names, facts)
+    return build("chameleon", "transformers", both, Chameleon, chameleon.entries(both),
+                 chameleon.codebook(both, facts), chameleon.unused(names, both))  # fmt: skip
+  if qwen3_vl.tower_of(names) is not None:
+    qwen = qwen3_vl.read_config(names, facts)
+    return build("qwen_vl", "transformers", qwen, QwenVL, qwen3_vl.entries(qwen, names),
+                 qwen3_vl.joined(qwen, names), llama.unused(names, qwen.language))  # fmt: skip
+  root = llama.prefix_of(names)
+  if root is not None:
+    decoder = llama.read_config(names, facts)
+    return build("language_model", "transformers", decoder, LanguageModel, llama.entries(decoder, root),
+                 ignored=llama.unused(names, decoder))  # fmt: skip
   return None
 
 

@@ -6,6 +6,7 @@ explicit cache. Rotary pairs are neighbours (x[2i], x[2i+1]); importers reorder 
 
 import dataclasses
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,8 +30,7 @@ PROJECTIONS = {name: rf"attention\.{name}" for name in ("q", "k", "v", "out")} |
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Llama3Rope:
+class Llama3Rope(NamedTuple):
   """Llama 3.1's stretching of rotary frequencies: low ones divided by `factor`, high ones kept, a ramp between.
 
   Attributes:
@@ -60,7 +60,7 @@ class Shape:
     rope_base: theta of the rotary positions.
     rope_sections: frequencies given to (time, row, column) where a token has three positions, interleaved as in
       Qwen3-VL; they sum to head_size / 2. None: one position a token.
-    rope_stretch: Llama 3.1's stretching; None for none.
+    rope_stretch: Llama 3.1's stretching, the numbers of a `Llama3Rope`; None for none.
     frame_codes, first_code: frames may come as so many VQ codes; code c is the token first_code + c. 0: not so.
     patch_width: frames may come as patch vectors of this size, through a Linear. 0: not so.
     remat: what the backward pass finds saved of each block (see `VideoDiTConfig.remat`).
@@ -81,7 +81,7 @@ class Shape:
   norm_after: bool = False
   rope_base: float = 10_000.0
   rope_sections: tuple[int, int, int] | None = None
-  rope_stretch: Llama3Rope | None = None
+  rope_stretch: tuple[float, float, float, int] | None = None
   frame_codes: int = 0
   first_code: int = 0
   patch_width: int = 0
@@ -376,7 +376,7 @@ def rope_angles(shape: Shape, positions: jax.Array) -> jax.Array:
   """
   angles = angles_1d(positions, shape.head_size, shape.rope_base)
   if shape.rope_stretch is not None:
-    angles = angles * _stretch(shape.rope_stretch, shape.head_size, shape.rope_base)
+    angles = angles * _stretch(Llama3Rope(*shape.rope_stretch), shape.head_size, shape.rope_base)
   if shape.rope_sections is None or positions.ndim < 3:
     return angles
   index = jnp.arange(shape.head_size // 2)
