@@ -182,6 +182,78 @@ def wan_dit_fixture() -> Fixture:
   return Fixture(_facts(model), _numpy(model), inputs, {"y": _wan_reference(model, inputs)})
 
 
+def _adapted(model: Any, rank: int, alpha: float, seed: int) -> dict[str, np.ndarray]:
+  """Puts a random PEFT adapter into a diffusers model; returns its tensors as diffusers saves them."""
+  import peft
+  import torch
+
+  targets = ["to_q", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2", "time_proj", "proj_out"]
+  model.add_adapter(peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, init_lora_weights=False))
+  generator = torch.Generator().manual_seed(seed)
+  with torch.no_grad():
+    for name, tensor in model.named_parameters():
+      if "lora_" in name:
+        tensor.copy_(0.3 * torch.randn(tensor.shape, generator=generator) / tensor.shape[1] ** 0.5)
+  return {name: tensor.numpy().copy() for name, tensor in peft.get_peft_model_state_dict(model).items()}
+
+
+def lora() -> dict:
+  import json
+
+  import jax
+  import jax.numpy as jnp
+  import safetensors.numpy
+
+  from kling_jax.interop import lora as lora_lib
+  from kling_jax.nn import params as params_lib
+
+  model = _wan(4, 32, 3, 320, 96, 16, 0)
+  graph, params = loaded(model, model.config)
+  tensors = _adapted(model, 8, 12.0, 1)
+  with tempfile.TemporaryDirectory() as name:
+    folder = pathlib.Path(name)
+    safetensors.numpy.save_file(
+      {f"transformer.{key}": array for key, array in tensors.items()}, folder / "a.safetensors"
+    )
+    (folder / "adapter_config.json").write_text(json.dumps({"r": 8, "lora_alpha": 12.0}))
+    adapters, _ = lora_lib.read(folder, graph_config(model))
+    lora_lib.export(folder / "back.safetensors", adapters, graph_config(model))
+    (folder / "adapter_config.json").unlink()
+    again, _ = lora_lib.read(folder / "back.safetensors", graph_config(model))
+  assert all(np.allclose(adapters[key], again[key], rtol=1e-6) for key in adapters)
+  merged = lora_lib.merge({key: jnp.asarray(array) for key, array in params.items()}, [(adapters, 1.0)], prefix="")
+  run = jax.jit(lambda params, x, time, text: params_lib.merge(graph, params)(x, time, text))
+  inputs = _wan_inputs(16, 96, (3, 8, 12), 40)
+  theirs = _wan_reference(model, inputs)
+  call = lambda: run(merged, inputs["x"], inputs["time"], inputs["text"]).block_until_ready()
+  low = run(merged, inputs["x"].astype("bfloat16"), inputs["time"], inputs["text"])
+  return _row(
+    "LoRA on Wan 2.1", "peft in diffusers' WanTransformer3DModel", [(call(), theirs)], [(low, theirs)],
+    "rank 8, alpha 12, attention, MLP, modulation and head; merged here, beside there; out and in again",
+    call, lambda: _wan_reference(model, inputs),
+  )  # fmt: skip
+
+
+def graph_config(model: Any) -> Any:
+  """Our config of a diffusers Wan transformer."""
+  from kling_jax.interop import wan_dit
+
+  return wan_dit.read_config(_numpy(model) if "lora" not in str(model) else _base(model), model.config)
+
+
+def _base(model: Any) -> dict[str, np.ndarray]:
+  """The tensors of a model that PEFT has wrapped, under their own names."""
+  return {name.replace(".base_layer", ""): array for name, array in _numpy(model).items() if "lora_" not in name}
+
+
+def lora_fixture() -> Fixture:
+  """To be merged into the weights of the fixture wan_dit."""
+  model = _wan(2, 16, 2, 48, 24, 4, 2)
+  tensors = _adapted(model, 3, 4.5, 3)
+  inputs = _wan_inputs(4, 24, (3, 4, 6), 7)
+  return Fixture({"r": 3, "lora_alpha": 4.5}, tensors, inputs, {"y": _wan_reference(model, inputs)})
+
+
 # ---- Wan 2.1's VAE ---------------------------------------------------------------------------------------------------
 
 
@@ -463,10 +535,10 @@ def sd_vae_fixture() -> Fixture:
 
 
 CASES = {
-  "wan_dit": wan_dit, "wan_dit_deep": wan_dit_deep, "wan_vae": wan_vae, "t5": t5, "umt5": umt5,
+  "wan_dit": wan_dit, "wan_dit_deep": wan_dit_deep, "lora": lora, "wan_vae": wan_vae, "t5": t5, "umt5": umt5,
   "clip_text": clip_text, "sd_vae": sd_vae,
 }  # fmt: skip
 FIXTURES = {
-  "wan_dit": wan_dit_fixture, "wan_vae": wan_vae_fixture, "t5": t5_fixture, "umt5": umt5_fixture,
+  "wan_dit": wan_dit_fixture, "lora": lora_fixture, "wan_vae": wan_vae_fixture, "t5": t5_fixture, "umt5": umt5_fixture,
   "clip_text": clip_text_fixture, "sd_vae": sd_vae_fixture,
 }  # fmt: skip

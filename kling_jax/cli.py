@@ -251,6 +251,7 @@ def _add_sample(parser: Parser) -> None:
   parser.add_argument("--guidance_image", type=float, help="image or history scale")
   parser.add_argument("--rescale", type=float, help="guidance rescale, 0 to 1")
   parser.add_argument("--batch", type=int, help="videos a network call")
+  parser.add_argument("--lora", action="append", default=[], help="LoRA file or folder, or FILE=SCALE; several add up")
   parser.add_argument(
     "--rewrite", help="OpenAI-compatible server that lengthens prompts, e.g. http://localhost:8000/v1"
   )
@@ -282,7 +283,7 @@ def _sample(args: argparse.Namespace) -> int:
     rescale=args.rescale, batch=args.batch,
   )  # fmt: skip
   rewriter = (args.rewrite, args.rewrite_model) if args.rewrite else None
-  for path in sample.run(args.workdir, rows, args.out, settings, step=args.step, rewriter=rewriter):
+  for path in sample.run(args.workdir, rows, args.out, settings, step=args.step, rewriter=rewriter, loras=args.lora):
     print(path)
   return 0
 

@@ -17,6 +17,7 @@ from kling_jax.data import decode, encode, grid
 from kling_jax.data.tokens import ByteTokenizer
 from kling_jax.errors import ConfigError, DataError, UsageError, WeightsError, nearest
 from kling_jax.generate import rewrite
+from kling_jax.interop import lora
 from kling_jax.nn import rng
 from kling_jax.train import encoders, sharding, task, workdir
 from kling_jax.train.checkpoint import Checkpoints
@@ -70,8 +71,14 @@ class Settings:
 class Model:
   """A trained text-to-video model, loaded once."""
 
-  def __init__(self, folder: str | pathlib.Path, step: int | None = None):
-    """Loads the EMA weights of a work directory's newest (or given) checkpoint, sharded over all devices."""
+  def __init__(self, folder: str | pathlib.Path, step: int | None = None, loras: Sequence[str] = ()):
+    """Loads the EMA weights of a work directory's newest (or given) checkpoint, sharded over all devices.
+
+    Args:
+      folder: the work directory.
+      step: of the checkpoint.
+      loras: files of adapters, each FILE or FILE=SCALE, that are merged into the transformer.
+    """
     folder = pathlib.Path(folder)
     self.config = workdir.read_config(folder)
     if self.config.task != "video_dit":
@@ -88,6 +95,9 @@ class Model:
       for name, leaf in self.task.shapes.items()
     }
     self.params = checkpoints.restore_params(self.step, shapes)
+    for source, scale in map(lora.parse, loras):
+      adapters, _ = lora.read(source, self.task.dit)
+      self.params = lora.merge(self.params, [(adapters, scale)])
     meta = checkpoints.meta(self.step)
     self.percentiles = conditions_lib.Percentiles.from_json(meta["constants"]["conditions"])
     self._samplers: dict[Any, Any] = {}
@@ -268,11 +278,13 @@ def run(
   *,
   step: int | None = None,
   rewriter: tuple[str, str] | None = None,
+  loras: Sequence[str] = (),
 ) -> list[pathlib.Path]:
   """Loads the model, samples the requests `rows` and writes the files.
 
   Args:
     rewriter: (server, model) of a prompt rewriter, or None.
+    loras: see `Model`.
   """
   if pathlib.Path(out).suffix.lower() != ".mp4":
     raise UsageError(f"--out {out} must end in .mp4")
@@ -283,7 +295,7 @@ def run(
     for source in filter(None, (request.image, request.video)):
       if not pathlib.Path(source).is_file():
         raise UsageError(f"there is no file {source}")
-  model = Model(folder, step)
+  model = Model(folder, step, loras)
   fps = settings.fps or model.config.data.fps
   videos = model(requests, settings)
   return write([_whole(request, video, model, fps) for request, video in zip(requests, videos, strict=True)], out, fps)

@@ -14,10 +14,11 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from kling_jax import files
-from kling_jax.errors import WeightsError, nearest
+from kling_jax.errors import UsageError, WeightsError, nearest
 from kling_jax.interop import safetensors, wan_dit
 from kling_jax.models.video_dit import VideoDiTConfig
 from kling_jax.nn.lora import A, B, merge_lora
@@ -234,8 +235,29 @@ def _write(path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray], meta
     library.save_file(dict(tensors), temporary, metadata=metadata)
 
 
+def parse(text: str) -> tuple[str, float]:
+  """(file, scale) of "FILE" or "FILE=SCALE".
+
+  Raises:
+    UsageError: the scale is no number.
+  """
+  file, equals, scale = text.rpartition("=")
+  if not equals or pathlib.Path(text).exists():
+    return text, 1.0
+  try:
+    return file, float(scale)
+  except ValueError as error:
+    raise UsageError(f"LoRA {text!r} is neither FILE nor FILE=SCALE, e.g. style.safetensors=0.8") from error
+
+
 def merge(params: Params, adapters: Sequence[tuple[Params, float]], prefix: str = "dit.") -> Params:
-  """`params` with each (adapters, scale) added to its kernels; `prefix` stands before the transformer's paths."""
+  """`params` with each (adapters, scale) added to its kernels, which stay where they are on a mesh.
+
+  `prefix` stands before the transformer's paths.
+  """
   for lora, scale in adapters:
-    params = merge_lora(params, {prefix + name: value for name, value in lora.items()}, scale=scale)
+    added = {prefix + name: value for name, value in lora.items()}
+    kernels = {path: params[path] for path in {name.removesuffix(A).removesuffix(B) for name in added}}
+    where = {path: kernel.sharding for path, kernel in kernels.items()}
+    params = params | jax.jit(merge_lora, out_shardings=where)(kernels, added, scale=scale)
   return params
