@@ -70,7 +70,12 @@ class Room:
     """Whether the camera sees the thing."""
     return abs(thing.column - 3 * self.view) <= 1 and not self.hidden(thing)
 
+  def with_thing(self, thing: Thing) -> "Room":
+    """The room with `thing` in place of the one of its slot."""
+    return dataclasses.replace(self, things=tuple(thing if t.slot == thing.slot else t for t in self.things))
+
   def seen(self) -> tuple[Thing, ...]:
+    """The things that the camera sees."""
     return tuple(thing for thing in self.things if self.visible(thing))
 
 
@@ -231,13 +236,13 @@ def apply(state: State, action: Action) -> State:
     thing = room.thing(slot)
     by = {"return": -step, "cross": 2 * step}.get(kind, step)
     moved = dataclasses.replace(thing, column=thing.column + by, row=thing.row + ROWS.get(action.direction, 0))
-    rooms[shown] = _with(room, moved)
+    rooms[shown] = room.with_thing(moved)
     if kind == "hide":
       new = [Debt(Action("out", slot, action.direction), now + 1)]
     if kind == "leave":
       new = [Debt(Action("return", slot, action.direction), now + 2)]
   elif kind == "turn":
-    rooms[shown] = _with(room, dataclasses.replace(room.thing(slot), colour=action.colour))
+    rooms[shown] = room.with_thing(dataclasses.replace(room.thing(slot), colour=action.colour))
   elif kind in ("pan", "pan back"):
     rooms[shown] = dataclasses.replace(room, view=room.view + step)
     if kind == "pan":
@@ -260,10 +265,6 @@ def _settled(debt: Debt, action: Action, clip: int) -> bool:
   if debt.action.slot is not None:
     return debt.action.slot == action.slot and action.kind != "turn"
   return debt.action.kind == action.kind
-
-
-def _with(room: Room, thing: Thing) -> Room:
-  return dataclasses.replace(room, things=tuple(thing if t.slot == thing.slot else t for t in room.things))
 
 
 def forced(state: State) -> Action | None:

@@ -5,7 +5,6 @@ whose window lies within the frame; the mean over the channels.
 """
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from kling_jax.errors import DataError
