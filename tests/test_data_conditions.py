@@ -153,10 +153,18 @@ def test_raw_is_the_inverse_of_the_condition_between_the_percentiles():
 def test_scores_stand_behind_a_caption_in_the_order_of_the_model():
   fitted = conditions.fit(some_clips(), ("clarity", "motion"))
   raw = {"motion": 10.0, "clarity": 0.52349, "other": 1.0}
-  assert fitted.in_caption("A cat sleeps. ", raw) == "A cat sleeps. clarity score: 0.523, motion score: 10."
-  assert fitted.in_caption("a cat", {"motion": 1e-3}) == "a cat. motion score: 0.001."
-  assert fitted.in_caption("", {"motion": 2.0}) == "motion score: 2." and fitted.in_caption("a cat.", {}) == "a cat."
-  assert fitted.caption_of(clip(0, motion=4.0)) == "motion score: 4."
+  assert fitted.in_caption("A cat sleeps. ", raw, 99) == "A cat sleeps. clarity score: 0.523, motion score: 10."
+  assert fitted.in_caption("a cat", {"motion": 1e-3}, 99) == "a cat. motion score: 0.001."
+  assert fitted.in_caption("", {"motion": 2.0}, 99) == "motion score: 2."
+  assert fitted.in_caption("a cat.", {}, 99) == "a cat."
+  assert fitted.caption_of(clip(0, motion=4.0), 99) == "motion score: 4."
+  for room in range(16, 40):  # a long caption is cut, between characters, and never the scores
+    told = fitted.in_caption("ein Käfer fährt", {"motion": 2.0}, room)
+    assert told.endswith("motion score: 2.") and len(told.encode()) <= room
+    assert "ein Käfer fährt".startswith(told.removesuffix("motion score: 2.").removesuffix(". "))
+    assert room < 34 or told == "ein Käfer fährt. motion score: 2."[:room] or len(told.encode()) > room - 2
+  with pytest.raises(ConfigError, match="text.tokens = 12 holds no 'motion score: 2'"):
+    fitted.in_caption("a", {"motion": 2.0}, 10)
 
 
 def test_vtss_of_records_becomes_a_fourth_condition_and_another_model_of_it_is_refused(tmp_path):

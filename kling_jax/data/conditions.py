@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from kling_jax import files
+from kling_jax.data import tokens
 from kling_jax.data.mixture import Mixture
 from kling_jax.data.source import ClipInfo, Score
 from kling_jax.errors import ConfigError, DataError, UsageError, nearest
@@ -138,18 +139,31 @@ class Percentiles:
         return math.expm1(x) if condition.transform == "log1p" else x
     raise UsageError(f"this model was not trained with a score {name!r}{nearest(name, self.names)}")
 
-  def caption_of(self, info: ClipInfo) -> str:
+  def caption_of(self, info: ClipInfo, room: int) -> str:
     """The caption of a clip with its scores behind it (`in_caption`); those that it lacks are left out."""
-    return self.in_caption(info.caption, {name: score.value for name, score in info.scores.items()})
+    return self.in_caption(info.caption, {name: score.value for name, score in info.scores.items()}, room)
 
-  def in_caption(self, caption: str, raw: Mapping[str, float]) -> str:
+  def in_caption(self, caption: str, raw: Mapping[str, float], room: int) -> str:
     """`caption` with raw scores as text: "a cat. motion score: 10, aesthetic score: 5.5."; others are ignored.
 
     That is how Open-Sora 1.2 tells a model its scores: the baseline that AdaLN is compared with (Koala-36M, section 5).
+
+    Args:
+      caption: cut where the scores would otherwise not fit.
+      raw: {name: value}; names that are no condition are ignored.
+      room: bytes of the whole.
+
+    Raises:
+      ConfigError: not even the scores fit.
     """
     told = ", ".join(f"{name} score: {raw[name]:.3g}" for name in self.names if name in raw)
-    words = caption.rstrip().rstrip(".")
-    return f"{words}. {told}." if words and told else f"{told}." if told else caption
+    if not told:
+      return caption
+    left = room - len(told) - 1
+    if left < 0:
+      raise ConfigError(f"text.tokens = {room + 2} holds no {told!r}; model.told = 'caption' needs longer texts")
+    words = tokens.cut(caption.rstrip().rstrip(".").encode("utf-8", errors="replace"), max(0, left - 2)).decode("utf-8")
+    return f"{words}. {told}." if words else f"{told}."
 
   def select(self, names: Sequence[str]) -> "Percentiles":
     """The conditions `names`, in that order.

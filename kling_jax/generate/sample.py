@@ -184,9 +184,8 @@ class Model:
       return request.prompt
     u_M, known_M = self._scores(request.scores)
     told = zip(self.percentiles.names, u_M, known_M, strict=True)
-    return self.percentiles.in_caption(
-      request.prompt, {name: self.percentiles.raw(name, float(u)) for name, u, known in told if known}
-    )
+    raw = {name: self.percentiles.raw(name, float(u)) for name, u, known in told if known}
+    return self.percentiles.in_caption(request.prompt, raw, room=self.config.text.tokens - 2)
 
   def _scores(self, scores: dict[str, float | str]) -> tuple[np.ndarray, np.ndarray]:
     """Normalised scores (M,) and which are told (M,): raw values by the stored percentiles, levels as they are."""

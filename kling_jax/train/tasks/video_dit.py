@@ -127,6 +127,7 @@ class VideoDiTTask(Task):
 
   def batches(self, split: str, process_index: int, process_count: int, multiple_of: int) -> pipeline.Batches:
     c = self.config
+    written = functools.partial(self.percentiles.caption_of, room=c.text.tokens - 2)  # between begin and end
     return pipeline.Batches(
       self.sources,
       buckets=c.data.buckets,
@@ -137,7 +138,7 @@ class VideoDiTTask(Task):
       validation_fraction=c.data.validation_fraction,
       tokenizer=ByteTokenizer(c.text.tokens) if c.text.encoder == "bytes" else None,
       percentiles=self.percentiles,
-      caption=self.percentiles.caption_of if c.model.told == "caption" else None,
+      caption=written if c.model.told == "caption" else None,
       latents=encoders.latent_caches(c, self.sources.folders) if c.data.cached_latents else (),
       texts=encoders.text_caches(c, self.sources.folders) if c.text.encoder == "cached" else (),
       text_length=c.text.tokens,
