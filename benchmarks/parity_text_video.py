@@ -246,6 +246,53 @@ def _base(model: Any) -> dict[str, np.ndarray]:
   return {name.replace(".base_layer", ""): array for name, array in _numpy(model).items() if "lora_" not in name}
 
 
+def export() -> dict:
+  """What we write, opened by diffusers itself: transformer, VAE and adapters."""
+  import diffusers
+  import jax
+  import jax.numpy as jnp
+  from flax import nnx
+
+  from kling_jax.interop import lora as lora_lib
+  from kling_jax.interop import outward
+  from kling_jax.models import video_dit, video_vae
+  from kling_jax.nn import lora as adapters_lib
+  from kling_jax.nn import params as params_lib
+
+  draw = np.random.default_rng(0)
+  shape = video_dit.preset("d32", text_width=24, conditions=())
+  graph, shapes, _ = params_lib.abstract(lambda: video_dit.VideoDiT(shape, rngs=nnx.Rngs(0)))
+  params = {name: draw.normal(0, 0.2, leaf.shape).astype(np.float32) for name, leaf in shapes.items()}
+  adapters = adapters_lib.init_lora(shapes, 4, r"attn\.[qv]\.kernel$|mlp\.up", key=jax.random.key(0))
+  adapters = {name: draw.normal(0, 0.2, array.shape).astype(np.float32) for name, array in adapters.items()}
+  vae_graph, vae_shapes, _ = params_lib.abstract(lambda: video_vae.VideoVAE.preset("xs", rngs=nnx.Rngs(0)))
+  vae_params = {name: draw.normal(0, 0.2, leaf.shape).astype(np.float32) for name, leaf in vae_shapes.items()}
+  inputs = _wan_inputs(16, 24, (3, 8, 12), 16)
+  frames = np.tanh(_noise(1, 5, 16, 24, 3))
+  run = jax.jit(lambda params, x, time, text: params_lib.merge(graph, params)(x, time, text))
+  call = lambda weights: run(weights, inputs["x"], inputs["time"], inputs["text"])
+  with tempfile.TemporaryDirectory() as name:
+    folder = pathlib.Path(name)
+    outward.write_diffusers(folder / "transformer", "video_dit", shape, params)
+    outward.write_diffusers(folder / "vae", "video_vae", video_vae.preset("xs"), vae_params)
+    lora_lib.export(folder / "lora.safetensors", adapters, shape)
+    model = diffusers.WanTransformer3DModel.from_pretrained(folder / "transformer").eval()
+    plain = _wan_reference(model, inputs)
+    model.load_lora_adapter(str(folder / "lora.safetensors"), prefix="transformer")
+    adapted = _wan_reference(model, inputs)
+    vae = diffusers.AutoencoderKLWan.from_pretrained(folder / "vae").eval()
+    latents, _ = _vae_reference(vae, frames)
+  weights = {name: jnp.asarray(array) for name, array in params.items()}
+  encode = jax.jit(lambda params, x: params_lib.merge(vae_graph, params).encode(x))
+  merged = lora_lib.merge(weights, [(adapters, 1.0)], "")
+  pairs = [(call(weights), plain), (call(merged), adapted), (encode(vae_params, frames), latents)]
+  return {
+    "part": "our export", "reference": "diffusers' from_pretrained and load_lora_adapter", "cosine_bf16": None,
+    "max_rel_error": max(relative_error(*pair) for pair in pairs),
+    "note": "transformer, VAE and LoRA written by us and opened by diffusers",
+  }  # fmt: skip
+
+
 def lora_fixture() -> Fixture:
   """To be merged into the weights of the fixture wan_dit."""
   model = _wan(2, 16, 2, 48, 24, 4, 2)
@@ -535,8 +582,8 @@ def sd_vae_fixture() -> Fixture:
 
 
 CASES = {
-  "wan_dit": wan_dit, "wan_dit_deep": wan_dit_deep, "lora": lora, "wan_vae": wan_vae, "t5": t5, "umt5": umt5,
-  "clip_text": clip_text, "sd_vae": sd_vae,
+  "wan_dit": wan_dit, "wan_dit_deep": wan_dit_deep, "lora": lora, "export": export, "wan_vae": wan_vae,
+  "t5": t5, "umt5": umt5, "clip_text": clip_text, "sd_vae": sd_vae,
 }  # fmt: skip
 FIXTURES = {
   "wan_dit": wan_dit_fixture, "lora": lora_fixture, "wan_vae": wan_vae_fixture, "t5": t5_fixture, "umt5": umt5_fixture,

@@ -94,8 +94,8 @@ def test_a_pipeline_becomes_a_work_directory_that_samples(pipeline, imported):
   np.testing.assert_allclose(params.pop("null_text"), empty[0, :1], rtol=1e-4, atol=1e-6)
   assert_same(params, pipeline[1])
   sources = Checkpoints(imported).meta(0)["constants"]["sources"]
-  file = pipeline[0] / "transformer" / "model.safetensors"
-  assert sources["dit"]["sha256"] == {"model.safetensors": outward.sha256(file)}
+  file = pipeline[0] / "transformer" / "diffusion_pytorch_model.safetensors"
+  assert sources["dit"]["sha256"] == {file.name: outward.sha256(file)}
   model = sample.Model(imported)
   settings = sample.Settings(frames=1, height=16, width=16, steps=1)
   red, blue = model([sample.Request("a red circle"), sample.Request("a blue square")], settings)

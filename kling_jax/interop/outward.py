@@ -122,7 +122,7 @@ def write_diffusers(folder: pathlib.Path, kind: str, config: Any, params: Mappin
   lost = [path for path in entries if path not in params]
   if lost:
     raise WeightsError(f"the {kind} lacks {', '.join(lost[:8])}, which Wan's form has; export it under our names")
-  safetensors.write(folder, outward(params, entries))
+  safetensors.write(folder, outward(params, entries), metadata={"format": "pt"}, stem="diffusion_pytorch_model")
   files.write_json(folder / "config.json", facts)
   known = {*entries, wan_vae.MEAN, wan_vae.LOG_STD}
   return [path for path in params if path not in known]

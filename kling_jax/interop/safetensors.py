@@ -51,6 +51,7 @@ def write(
   *,
   metadata: Mapping[str, str] | None = None,
   shard_bytes: int = SHARD_BYTES,
+  stem: str = STEM,
 ) -> list[pathlib.Path]:
   """Writes `model.safetensors`, or shards `model-00001-of-0000N.safetensors` with `model.safetensors.index.json`.
 
@@ -61,6 +62,7 @@ def write(
     folder: made where it is missing.
     tensors: {name: array}, NumPy or addressable JAX arrays; fetched one shard at a time.
     metadata: texts for the header of each file.
+    stem: what the files are called instead of "model".
     shard_bytes: a new shard begins before this size is passed.
 
   Returns:
@@ -72,17 +74,17 @@ def write(
   folder = pathlib.Path(folder)
   shards = _shards(tensors, shard_bytes)
   one = len(shards) == 1
-  names = [f"{STEM}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-  names = [f"{STEM}.safetensors"] if one else names
-  index = folder / f"{STEM}.safetensors.index.json"
+  names = [f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+  names = [f"{stem}.safetensors"] if one else names
+  index = folder / f"{stem}.safetensors.index.json"
   index.unlink(missing_ok=True)  # before the shards: what is left of them is then seen to be incomplete
-  for old in folder.glob(f"{STEM}*.safetensors"):
+  for old in folder.glob(f"{stem}*.safetensors"):
     if old.name != names[0] or not one:
       old.unlink()
   for name, members in zip(names, shards, strict=True):
     arrays = {member: np.asarray(tensors[member], order="C") for member in members}
     with files.whole(folder / name) as temporary:
-      safetensors.numpy.save_file(arrays, temporary, metadata=dict(metadata or {}) | {"format": "np"})
+      safetensors.numpy.save_file(arrays, temporary, metadata={"format": "np"} | dict(metadata or {}))
   written = [folder / name for name in names]
   if not one:
     place = {member: name for name, members in zip(names, shards, strict=True) for member in members}
