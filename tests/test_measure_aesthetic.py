@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 from flax import nnx
+from PIL import Image
 
 from kling_jax import measure
 from kling_jax.errors import WeightsError
@@ -124,7 +125,19 @@ def test_a_frame_as_clip_sees_it():
   seen = laion.prepared(frame, 30)  # the middle square, all white
   expected = (1 - np.array([0.48145466, 0.4578275, 0.40821073])) / np.array([0.26862954, 0.26130258, 0.27577711])
   np.testing.assert_allclose(seen, np.broadcast_to(expected, seen.shape), rtol=1e-5)
-  assert laion.prepared(np.zeros((224, 400, 3), np.uint8), 24).shape == (24, 24, 3)
+
+
+@pytest.mark.parametrize("height,width,side", [(61, 100, 24), (101, 64, 25), (20, 31, 24)])
+def test_a_frame_is_resized_as_pillow_does_for_clip(height, width, side):
+  frame = np.random.default_rng(9).integers(0, 256, (height, width, 3), np.uint8)
+  longer = int(side * max(height, width) / min(height, width))
+  size = (longer, side) if width > height else (side, longer)  # columns, rows
+  resized = Image.fromarray(frame).resize(size, Image.BICUBIC)
+  left, top = (round((length - side) / 2) for length in size)
+  expected = np.asarray(resized)[top : top + side, left : left + side]
+  seen = laion.prepared(frame, side) * [0.26862954, 0.26130258, 0.27577711] + [0.48145466, 0.4578275, 0.40821073]
+  off = np.abs(seen * 255 - expected)
+  assert off.max() < 1.01 and (off > 0.01).mean() < 0.01  # Pillow's weights are rounded to 22 bits
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@ import pathlib
 import re
 from collections.abc import Callable, Mapping
 
-import cv2
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,15 +22,17 @@ from kling_jax.measure.clip import Scorer
 from kling_jax.measure.sample import Sample
 from kling_jax.models.clip_image import DEVIATION, MEAN, ClipImageTower
 from kling_jax.nn import params as params_lib
+from kling_jax.nn import resample
 
 NAME = "laion"
+VERSION = "2"  # of how frames are prepared; the weights' hash follows it
 FRAMES = 3  # of a clip: first, middle and last place
 
 
 def scorer(source: str | os.PathLike[str]) -> Scorer:
   """The scorer of the condition `aesthetic`, about 1 to 10: mean over three frames.
 
-  Its version is a hash of the weights' files, so that clips scored with other weights are told apart.
+  Its version ends in a hash of the weights' files, so that clips scored with other weights are told apart.
 
   Raises:
     WeightsError: no weights there, or not of CLIP's image tower with a linear head for its vectors.
@@ -67,7 +68,7 @@ def predictor(source: str | os.PathLike[str]) -> tuple[Callable[[np.ndarray], np
     images = np.stack([prepared(frame, shape.image) for frame in frames_BHWC])
     return np.asarray(rated(loaded, images))
 
-  return rate, _hash(pathlib.Path(source))
+  return rate, f"{VERSION}-{_hash(pathlib.Path(source))}"
 
 
 def head(tensors: Mapping[str, np.ndarray]) -> tuple[np.ndarray, float]:
@@ -94,15 +95,23 @@ def head(tensors: Mapping[str, np.ndarray]) -> tuple[np.ndarray, float]:
 
 
 def prepared(frame_HWC: np.ndarray, side: int) -> np.ndarray:
-  """A frame as CLIP sees it: shorter side to `side`, the middle square, float32 less MEAN over DEVIATION."""
+  """A uint8 frame as CLIP's own preprocessing gives it, float32 less MEAN over DEVIATION.
+
+  Shorter side to `side` by Pillow's bicubic kernel, columns first, rounded to levels after each direction; then the
+  middle square, placed as torchvision does.
+  """
   height, width = frame_HWC.shape[:2]
-  scale = side / min(height, width)
-  size = max(side, round(width * scale)), max(side, round(height * scale))
-  kind = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
-  resized = cv2.resize(np.ascontiguousarray(frame_HWC), size, interpolation=kind)
-  left, top = (size[0] - side) // 2, (size[1] - side) // 2
-  square = resized[top : top + side, left : left + side].astype(np.float32) / 255
-  return (square - np.asarray(MEAN, np.float32)) / np.asarray(DEVIATION, np.float32)
+  longer = int(side * max(height, width) / min(height, width))
+  size = (side, longer) if height <= width else (longer, side)
+  picture = frame_HWC.astype(np.float32)
+  for axis in (1, 0):
+    if picture.shape[axis] != size[axis]:
+      weights = resample.matrix(picture.shape[axis], size[axis], "cubic-antialias")
+      picture = np.moveaxis(np.tensordot(weights, picture, (1, axis)), 0, axis)
+      picture = np.floor(np.clip(picture, 0, 255) + 0.5)
+  top, left = (round((length - side) / 2) for length in size)
+  square = picture[top : top + side, left : left + side] / 255
+  return ((square - np.asarray(MEAN)) / np.asarray(DEVIATION)).astype(np.float32)
 
 
 def _hash(source: pathlib.Path) -> str:
