@@ -9,7 +9,8 @@ from kling_jax import answers
 
 def _add_split(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("video", nargs="+", help="video files")
-  parser.add_argument("--method", default="default", help="default, or css: Color-Struct SVM of Koala-36M")
+  parser.add_argument("--method", default="default", help="default, css: Color-Struct SVM of Koala-36M, content: "
+                      "changes of colour, as Panda-70M")  # fmt: skip
   parser.add_argument("--output", help="folder for shot lists")
   parser.add_argument("--format", action="append", default=[], metavar="FORMAT",
                       help="csv (as PySceneDetect's), edl, otio, stats (a row a frame); repeat for others")  # fmt: skip
@@ -34,7 +35,8 @@ def _split(args: argparse.Namespace) -> int:
 def _add_curate(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("--input", required=True, help="folder of videos, one video, WebDataset tars, or a table that "
                       "names videos by file, url or videoID")  # fmt: skip
-  parser.add_argument("--method", help="who splits: default, css, or table: cut exactly the table's spans")
+  parser.add_argument("--method", help="who splits: default, css, content, or table: cut exactly the "
+                      "table's spans")  # fmt: skip
   parser.add_argument("--videos", help="folder with the videos of a table (default: the table's)")
   parser.add_argument("--output", required=True, help="clip set to write; started again, it goes on")
   parser.add_argument("--engine", help="local (default), or ray: the CPUs of a Ray cluster")
@@ -51,6 +53,7 @@ def _add_curate(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     "--scorers", help="default, presets, jax, raft:WEIGHTS, names, your package.module:NAME; by commas"
   )
+  parser.add_argument("--model", help="suitability model of VTSS: weak-label, or a folder (default: weak-label-fast)")
   parser.add_argument("--keep", action="append", metavar="RULE",
                       help="what is kept, e.g. 'motion >= 0.01'; repeat for others (see `kling select`)")  # fmt: skip
   parser.add_argument("--seconds_per_video", type=float, help="longer ones are quarantined as timeout (default: 3600)")
@@ -65,8 +68,19 @@ def _curate(args: argparse.Namespace) -> int:
   from kling_jax.curation import curate, rules
   from kling_jax.curation.video import Recipe
 
-  names = ("method", "min_seconds", "max_seconds", "min_side", "short_side", "crf", "merge", "embedding", "scorers")
-  given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+  names = (
+    "method",
+    "min_seconds",
+    "max_seconds",
+    "min_side",
+    "short_side",
+    "crf",
+    "merge",
+    "embedding",
+    "scorers",
+    "model",
+  )
+  given = {name: getattr(args, name) for name in (*names, "model") if getattr(args, name) is not None}
   if given.get("short_side") == 0:
     given["short_side"] = None
   given["copy"] = not args.no_copy
@@ -182,6 +196,9 @@ def _add_score(parser: argparse.ArgumentParser) -> None:
                            "by commas")  # fmt: skip
   parser.add_argument("--aesthetic_weights", metavar="FILE_OR_FOLDER",
                       help="safetensors of CLIP ViT-L/14 and LAION's head (default: a classical stand-in)")  # fmt: skip
+  parser.add_argument("--model", metavar="NAME_OR_FOLDER", help="suitability model that says VTSS: weak-label, "
+                      "weak-label-fast (default), or a folder that training exported")  # fmt: skip
+  parser.add_argument("--why", action="store_true", help="of loose files: what moved their VTSS, and how far")
   parser.add_argument("--workers", type=int, help="processes (default: one a core)")
   answers.add_flag(parser)
 
@@ -190,8 +207,8 @@ def _score(args: argparse.Namespace) -> int:
   from kling_jax.curation import score_command
 
   words = tuple(word.strip() for word in args.scorers.split(",") if word.strip())
-  wanted = score_command.Wanted(words, args.aesthetic_weights)
-  return score_command.command(args.input, wanted=wanted, workers=args.workers, as_json=args.json)
+  wanted = score_command.Wanted(words, args.aesthetic_weights, args.model)
+  return score_command.command(args.input, wanted=wanted, workers=args.workers, as_json=args.json, why=args.why)
 
 
 def _add_annotate(parser: argparse.ArgumentParser) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from kling_jax.curation import transitions
+from kling_jax.curation import content, transitions
 from kling_jax.curation.detector import Detector
 from kling_jax.data import container, picture, reasons
 from kling_jax.data.record import Transition
@@ -104,7 +104,16 @@ def _css(weights: str | None, rate: float | None) -> Detector:
   return color_struct.Detector(color_struct.PUBLISHED if weights is None else color_struct.Weights.load(weights))
 
 
-METHODS: dict[str, Callable[[str | None, float | None], Detector]] = {"default": _default, "css": _css}
+def _content(weights: str | None, rate: float | None) -> Detector:
+  if weights is not None:
+    raise UsageError("method content takes no weights; leave --weights out or choose --method css")
+  del rate  # its rule counts frames
+  return content.Detector()
+
+
+METHODS: dict[str, Callable[[str | None, float | None], Detector]] = {
+  "default": _default, "css": _css, "content": _content,
+}  # fmt: skip
 
 
 def detector(method: str, weights: str | None = None, rate: float | None = None) -> Detector:
