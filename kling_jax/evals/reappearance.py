@@ -156,4 +156,6 @@ def reappearance(
   if not looks:
     return Reappearance(float("nan"), float("nan"), float("nan"), float("nan"), 0)
   colour, shape, error = (np.array(column, float) for column in zip(*looks, strict=True))
-  return Reappearance(colour.mean(), shape.mean(), (colour * shape).mean(), error.mean(), len(looks))
+  return Reappearance(
+    float(colour.mean()), float(shape.mean()), float((colour * shape).mean()), float(error.mean()), len(looks)
+  )
