@@ -126,7 +126,9 @@ def _check(options: Options) -> None:
     raise UsageError(f"max_seconds {recipe.max_seconds:g} must be at least twice min_seconds {recipe.min_seconds:g}")
   if not 0 <= recipe.crf <= 51 or (recipe.short_side is not None and recipe.short_side < 16):
     raise UsageError(f"crf {recipe.crf:g} (0 to 51) or short_side {recipe.short_side} (at least 16) is out of range")
-  measure.chosen([word.strip() for word in recipe.scorers.split(",")])  # an unknown one is an error now
+  measure.judged_by(
+    measure.chosen([word.strip() for word in recipe.scorers.split(",")]), recipe.model
+  )  # an unknown one is an error now
   merge.embedding(recipe.embedding)
   if recipe.merge is not None and not 0 < recipe.merge <= 1:
     raise UsageError(f"merge {recipe.merge:g}: a cosine of embeddings is wanted, in (0, 1]")

@@ -9,6 +9,7 @@ import dataclasses
 import fcntl
 import functools
 import json
+import math
 import os
 import pathlib
 import sys
@@ -17,13 +18,14 @@ from typing import IO, Any
 
 import cv2
 
+from kling_jax import answers as answers_lib
 from kling_jax import measure, progress
 from kling_jax.curation import engine
 from kling_jax.data import clip_table, conditions, folder, reasons, record, records
 from kling_jax.data.record import ClipRecord
 from kling_jax.data.source import Score
 from kling_jax.errors import DataError, UsageError
-from kling_jax.measure import camera
+from kling_jax.measure import camera, vtss
 
 WORK = "kling_jax.curation.score_command:work"
 JOURNAL = "scores.jsonl"
@@ -36,10 +38,13 @@ class Wanted:
   Attributes:
     words: see `measure.chosen`.
     aesthetic: safetensors of CLIP's image tower and LAION's head, or none for the classical stand-in.
+    model: suitability model (`measure.vtss.load`) whose VTSS every clip gets; none: the shipped one of sub-metrics, for
+      clips that have no VTSS from elsewhere.
   """
 
   words: tuple[str, ...] = ("default",)
   aesthetic: str | None = None
+  model: str | None = None
 
   def scorers(self) -> tuple[measure.Scorer, ...]:
     return _scorers(self)
@@ -52,7 +57,7 @@ def _scorers(wanted: Wanted) -> tuple[measure.Scorer, ...]:
   Raises:
     UsageError: an unknown score. WeightsError: weights that are none.
   """
-  chosen = measure.chosen(wanted.words)
+  chosen = measure.judged_by(measure.chosen(wanted.words), wanted.model)
   if wanted.aesthetic is None:
     return chosen
   from kling_jax.measure.laion import scorer  # it starts JAX
@@ -62,7 +67,12 @@ def _scorers(wanted: Wanted) -> tuple[measure.Scorer, ...]:
 
 
 def command(
-  inputs: Sequence[str], *, wanted: Wanted | None = None, workers: int | None = None, as_json: bool = False
+  inputs: Sequence[str],
+  *,
+  wanted: Wanted | None = None,
+  workers: int | None = None,
+  as_json: bool = False,
+  why: bool = False,
 ) -> int:
   """Scores a set in place, or prints the scores of files; see the module.
 
@@ -72,6 +82,7 @@ def command(
     workers: processes; None: one a core. With 1 this process does it, and a file that kills it ends the run.
     as_json: [{clip, vtss, scores: {name: {value, scorer, version}}}] on standard output, and nothing else. A score
       that was asked for and is not defined for the clip has the value null, as has safety where nobody measures it.
+    why: tells of loose files what moved their VTSS; in JSON `why`: [{name, value, effect}].
 
   Returns:
     Exit code: 1 where a clip could not be measured.
@@ -83,6 +94,8 @@ def command(
   scorers = wanted.scorers()
   if workers is not None and workers < 1:
     raise UsageError(f"workers must be at least 1, got {workers}")
+  if why:
+    return _explain(_files(inputs), wanted, as_json)
   if len(inputs) == 1 and _is_set(inputs[0]):
     rows, failed = _score_set(clip_table.set_folder(inputs[0]), wanted, workers)
   else:
@@ -113,20 +126,24 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
   """Measures one clip: {scores: {name: {value, scorer, version}}}, or {error: what is wrong}.
 
   Args:
-    job: words and aesthetic (`Wanted`), keys (of the scorers that are missing), and either file, or shard and position.
+    job: words, aesthetic and model (`Wanted`), keys (of the scorers that are missing), and either file, or shard and
+      position.
   """
   cv2.setNumThreads(1)
-  scorers = [one for one in Wanted(tuple(job["words"]), job["aesthetic"]).scorers() if one.key in job["keys"]]
+  wanted = Wanted(tuple(job["words"]), job["aesthetic"], job["model"])
+  scorers = [one for one in wanted.scorers() if one.key in job["keys"]]
+  clip_id, known = "", dict[str, Score]()
   try:
     if "file" in job:
       media: str | bytes = job["file"]
     else:
       data = clip_table.read_record(clip_table.open_reader(pathlib.Path(job["shard"])), job["shard"], job["position"])
-      media = record.unpack(data)[1]
-    scores = measure.score_media(media, scorers)
+      clip, media = record.unpack(data)
+      clip_id, known = clip.clip_id, clip.scores
+    scores = measure.score_media(media, scorers, clip_id=clip_id, known=known)
   except reasons.MediaError as error:
     return {"error": f"{error.reason}: {error.detail}"}
-  except DataError as error:
+  except (DataError, UsageError) as error:
     return {"error": str(error)}
   return {"scores": {name: dataclasses.asdict(score) for name, score in scores.items()}}
 
@@ -153,7 +170,40 @@ def _score_files(paths: list[str], wanted: Wanted, workers: int | None) -> tuple
   jobs = [dataclasses.asdict(wanted) | {"file": path, "keys": every} for path in paths]
   found = dict(_answers(jobs, paths, workers))
   good = [index for index in sorted(found) if "scores" in found[index]]
-  return [(paths[i], None, _parsed(found[i]["scores"])) for i in good], len(paths) - len(good)
+  rows = [(paths[i], _parsed(found[i]["scores"])) for i in good]
+  return [(path, _vtss(scores), scores) for path, scores in rows], len(paths) - len(good)
+
+
+def _vtss(scores: dict[str, Score]) -> float | None:
+  return scores["vtss"].value if "vtss" in scores else None
+
+
+def _explain(paths: list[str], wanted: Wanted, as_json: bool) -> int:
+  """Prints the VTSS of files with what moved it, most harmful first."""
+  model = vtss.load(wanted.model or vtss.FAST)
+  scorers = measure.judged_by(measure.chosen(wanted.words), wanted.model or vtss.FAST)
+  answers: list[dict[str, Any]] = []
+  failed = 0
+  for path in paths:
+    try:
+      sample = measure.sampled(path, scorers)
+    except reasons.MediaError as error:
+      print(f"kling: {path}: {error.reason}: {error.detail}", file=sys.stderr)
+      failed += 1
+      continue
+    scores = measure.measured(sample, scorers)
+    found = [{"name": n, "value": v, "effect": e} for n, v, e in model.why(model.inputs(sample, scores))]
+    answers.append({"clip": path, "vtss": _vtss(scores), "why": found})
+  if as_json:
+    answers_lib.show(answers)
+  for answer in [] if as_json else answers:
+    print(f"{answer['clip']}  vtss {answer['vtss']:.2f}")
+    for row in answer["why"]:
+      if abs(row["effect"]) >= 0.05:
+        print(
+          f"  {row['effect']:+.2f}  {row['name']}{'' if math.isnan(row['value']) else format(row['value'], '  .4g')}"
+        )
+  return 1 if failed else 0
 
 
 def _parsed(values: dict[str, Any]) -> dict[str, Score]:
@@ -174,7 +224,10 @@ def _score_set(top: pathlib.Path, wanted: Wanted, workers: int | None) -> tuple[
     fresh = {clip.clip_id: clip.scores for clip in (_with(clip, done.get(clip.clip_id, []), scorers) for clip in clips)}
     jobs, ids = [], []
     for clip, place in zip(clips, places, strict=True):
-      missing = [scorer.key for scorer in scorers if not scorer.done(fresh[clip.clip_id])]
+      due = [scorer for scorer in scorers if not scorer.done(fresh[clip.clip_id])]
+      if not wanted.model and clip.vtss is not None and "vtss" not in clip.scores:
+        due = [scorer for scorer in due if scorer.conditions != ("vtss",)]  # somebody else's stands
+      missing = [scorer.key for scorer in due]
       # What was measured and is not defined left no score behind, but a line in the journal.
       missing = [key for key in missing if not any(key in entry["keys"] for entry in done.get(clip.clip_id, []))]
       if missing:
@@ -233,7 +286,7 @@ def _with(clip: ClipRecord, entries: list[dict[str, Any]], scorers: Sequence[mea
         for condition in scorer.conditions:
           scores.pop(condition, None)
     scores |= _parsed(entry["scores"])
-  return dataclasses.replace(clip, scores=scores)
+  return dataclasses.replace(clip, scores=scores, vtss=scores["vtss"].value if "vtss" in scores else clip.vtss)
 
 
 def _rewrite(top: pathlib.Path, done: dict[str, list[dict[str, Any]]], scorers: Sequence[measure.Scorer]) -> None:

@@ -38,6 +38,7 @@ class Recipe:
     merge: cosine of embeddings from which two shots that a cut parts are one; None: never. See `merge`.
     embedding: of `merge`: colours, or package.module:function.
     scorers: who measures, comma-separated; see `measure.chosen`.
+    model: suitability model of VTSS; None: the shipped one of sub-metrics.
   """
 
   method: str = "default"
@@ -50,6 +51,7 @@ class Recipe:
   merge: float | None = None
   embedding: str = merge_lib.COLOURS
   scorers: str = "default"
+  model: str | None = None
 
   @property
   def media(self) -> str:
@@ -106,8 +108,8 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
 
 
 @functools.lru_cache(maxsize=1)
-def _scorers(words: str) -> tuple[measure.Scorer, ...]:
-  return measure.chosen([word.strip() for word in words.split(",")])
+def _scorers(words: str, model: str | None) -> tuple[measure.Scorer, ...]:
+  return measure.judged_by(measure.chosen([word.strip() for word in words.split(",")]), model)
 
 
 @functools.lru_cache(maxsize=1)
@@ -167,7 +169,11 @@ def _curate(
         part = cut.cut(path, start_pts, end_pts, short_side=recipe.short_side, crf=recipe.crf, copy=copy, limits=limits)
         info = decode.probe(part.media, decode=False)
       with _timed(timings, "measure"):
-        scores = measure.score_media(part.media, _scorers(recipe.scorers))
+        scores = measure.score_media(part.media, _scorers(recipe.scorers, recipe.model), clip_id=clip_id)
+      told = spans[index] if spans else None
+      if told is not None and told.vtss is not None and recipe.model is None:
+        scores.pop("vtss", None)  # the table's stands
+      vtss = scores["vtss"].value if "vtss" in scores else told.vtss if told is not None else None
       span = video.seconds(piece.start), video.seconds(piece.end)
       clip = ClipRecord(
         clip_id=clip_id,
@@ -184,8 +190,8 @@ def _curate(
         index=index,
         cut_before=piece.cut_before,
         prev_clip_id=ids[-1] if ids else "",
-        scores=scores | (spans[index].scores if spans else {}),
-        vtss=spans[index].vtss if spans else None,
+        scores=scores | (told.scores if told else {}),
+        vtss=vtss,
         transitions=piece.transitions,
         salvaged=bool(video.damage or verdict.detail),
       )

@@ -33,6 +33,7 @@ SHOTS = 2  # of a video, at most
 LEAST_CHANGE = 0.7  # levels between frames half a second apart: less, and standing still is no degradation
 CRF = 20.0
 RECIPE = "weak v1"
+SCORERS = tuple(scorer for scorer in measure.SCORERS if not scorer.needs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +103,7 @@ def moves(frames_THWC: np.ndarray) -> bool:
 
 def make(
   videos: Sequence[str], output: str | os.PathLike[str], *, scenes: int = 0, seed: int = 0,
-  kinds: Sequence[str] = tuple(degrade.KINDS), scorers: Sequence[measure.Scorer] = measure.SCORERS,
+  kinds: Sequence[str] = tuple(degrade.KINDS), scorers: Sequence[measure.Scorer] = SCORERS,
 ) -> int:  # fmt: skip
   """Writes the set and its table; returns the number of clips.
 

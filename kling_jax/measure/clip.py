@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from kling_jax.data import decode
+from kling_jax.data import decode, record
 from kling_jax.data.source import Score
 from kling_jax.errors import DataError, UsageError, nearest
 from kling_jax.measure import (
@@ -16,18 +16,31 @@ from kling_jax.measure import (
   clarity,
   continuity,
   degradation,
+  fragments,
   light,
   motion,
   published,
   stillness,
   text,
   vectors,
+  vtss,
   watermark,
 )  # fmt: skip
 from kling_jax.measure import sample as sample_lib
 from kling_jax.measure.sample import Sample, sample_times
 
-__all__ = ["PRESETS", "SCORERS", "Scorer", "chosen", "measured", "sample_times", "score", "score_media"]
+__all__ = [
+  "PRESETS",
+  "SCORERS",
+  "Scorer",
+  "chosen",
+  "judged_by",
+  "measured",
+  "sample_times",
+  "sampled",
+  "score",
+  "score_media",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,12 +52,16 @@ class Scorer:
     conditions: the scores' names in a clip record (motion, aesthetic, clarity, ...).
     measure: sample -> {condition: value in the documented raw unit}. A condition that the clip does not define (the
       motion of a single frame) is left out; nothing outside `conditions` may be given.
+    needs: scores that it reads; where there are any, `measure` is called with (sample, {name: Score}).
+    wish: fragments that the sample must hold; of several scorers one may have any.
   """
 
   name: str
   version: str
   conditions: tuple[str, ...]
-  measure: Callable[[Sample], Mapping[str, float]]
+  measure: Callable[..., Mapping[str, float]]
+  needs: tuple[str, ...] = ()
+  wish: fragments.Plan | None = None
 
   @property
   def key(self) -> str:
@@ -62,7 +79,16 @@ def _motion(sample: Sample) -> dict[str, float]:
   return {} if speed is None else {"motion": speed}
 
 
-SCORERS = (
+def _vtss(name: str, version: str | None = None) -> Scorer:
+  """The scorer of a suitability model; the weights of one whose version is known are read when they are needed."""
+  model = None if version else vtss.load(name)
+  names = model.names if model else vtss.FEATURES
+  rate = lambda sample, scores={}: {vtss.CONDITION: vtss.load(name).vtss(sample, scores)}
+  found = (model.spec.name, model.version) if model else (name, str(version))
+  return Scorer(*found, (vtss.CONDITION,), rate, names, model.wish if model else None)
+
+
+SCORERS: tuple[Scorer, ...] = (
   Scorer(motion.NAME, motion.VERSION, ("motion",), _motion),
   Scorer(aesthetic.NAME, aesthetic.VERSION, ("aesthetic",), lambda s: {"aesthetic": aesthetic.aesthetic(*s.looks)}),
   Scorer(clarity.NAME, clarity.VERSION, ("clarity",), lambda s: {"clarity": clarity.clarity(*s.looks)}),
@@ -75,6 +101,7 @@ SCORERS = (
   Scorer(continuity.NAME, continuity.VERSION, continuity.CONDITIONS, continuity.continuity),
   Scorer(text.NAME, text.VERSION, text.CONDITIONS, text.text),
   Scorer(watermark.NAME, watermark.VERSION, watermark.CONDITIONS, watermark.watermark),
+  _vtss(vtss.FAST, vtss.FAST_VERSION),
 )
 RAFT = "raft:"  # before the place of its weights
 # Each decodes the media anew.
@@ -110,9 +137,27 @@ def chosen(words: Sequence[str]) -> tuple[Scorer, ...]:
       picked.append(known[word])
     else:
       raise UsageError(f"unknown score {word!r}{nearest(word, [*known, 'default', 'presets', 'jax'])}")
+  for scorer in list(picked):
+    picked[:0] = [known[name] for name in scorer.needs if not any(name in one.conditions for one in picked)]
   last = {condition: scorer for scorer in picked for condition in scorer.conditions}
   kept = dict.fromkeys(scorer for scorer in picked if any(last[c] is scorer for c in scorer.conditions))
   return tuple(kept)
+
+
+def judged_by(scorers: Sequence[Scorer], model: str | None) -> tuple[Scorer, ...]:
+  """The scorers with a suitability model of the user's choice (a shipped name, or a folder) for the score vtss.
+
+  Raises:
+    WeightsError: no such model.
+  """
+  if model is None:
+    return tuple(scorers)
+  judge = _vtss(model)
+  others = [one for one in scorers if one.conditions != judge.conditions]
+  known = {condition: scorer for scorer in SCORERS for condition in scorer.conditions}
+  held = {condition for one in others for condition in one.conditions}
+  lacking = dict.fromkeys(known[name] for name in judge.needs if name not in held)
+  return (*others, *lacking, judge)
 
 
 def _in_jax() -> list[Scorer]:
@@ -155,27 +200,50 @@ def score(frames_THWC: np.ndarray, times_s: np.ndarray, scorers: Sequence[Scorer
   Raises:
     DataError: no frames, a wrong shape or dtype, or times that do not match them.
   """
-  return measured(sample_lib.of_frames(frames_THWC, times_s), scorers)
+  wish = _wish(scorers)
+  seed = fragments.seed_of(record.content_hash(frames_THWC.tobytes())) if wish else 0
+  return measured(sample_lib.of_frames(frames_THWC, times_s, (wish, seed) if wish else None), scorers)
 
 
-def score_media(source: decode.Media, scorers: Sequence[Scorer] = SCORERS) -> dict[str, Score]:
+def score_media(
+  source: decode.Media, scorers: Sequence[Scorer] = SCORERS, *, clip_id: str = "", known: Mapping[str, Score] = {}
+) -> dict[str, Score]:
   """Measures a video file or encoded bytes; see `score`.
+
+  Args:
+    source: a file or bytes.
+    scorers: who measures.
+    clip_id: decides where fragments are taken, so that a clip's score never changes; "": the content does.
+    known: scores that the clip has already, for scorers that need them.
 
   Raises:
     MediaError: nothing can be decoded.
   """
-  return measured(sample_lib.of_media(source), scorers)
+  return measured(sampled(source, scorers, clip_id), scorers, known)
 
 
-def measured(sample: Sample, scorers: Sequence[Scorer]) -> dict[str, Score]:
+def sampled(source: decode.Media, scorers: Sequence[Scorer], clip_id: str = "") -> Sample:
+  """The sample of a clip with all that the scorers wish to see; see `score_media`."""
+  wish = _wish(scorers)
+  seed = fragments.seed_of(clip_id or record.content_hash(source)) if wish else 0
+  return sample_lib.of_media(source, (wish, seed) if wish else None)
+
+
+def _wish(scorers: Sequence[Scorer]) -> fragments.Plan | None:
+  return next((scorer.wish for scorer in scorers if scorer.wish), None)
+
+
+def measured(sample: Sample, scorers: Sequence[Scorer], known: Mapping[str, Score] = {}) -> dict[str, Score]:
   """The scores of a sample; of two scorers for a condition the later counts.
+
+  `known` holds scores that the clip has already, for scorers that need them.
 
   Raises:
     DataError: a scorer gave a condition that it does not name, or no finite number.
   """
   scores: dict[str, Score] = {}
   for scorer in scorers:
-    values = scorer.measure(sample)
+    values = scorer.measure(sample, {**known, **scores}) if scorer.needs else scorer.measure(sample)
     for condition in scorer.conditions:
       scores.pop(condition, None)
     for condition, value in values.items():

@@ -15,11 +15,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import safetensors.numpy
 
 from kling_jax import assets, files
 from kling_jax.data.source import Score
 from kling_jax.errors import UsageError, WeightsError
-from kling_jax.interop import safetensors
 from kling_jax.measure import fragments
 from kling_jax.measure.sample import Sample
 from kling_jax.measure.vtss_calibration import Calibration
@@ -27,6 +27,7 @@ from kling_jax.measure.vtss_calibration import Calibration
 FILE = "vtss.json"
 CONDITION = "vtss"
 SHIPPED = {"weak-label": "weak_label", "weak-label-fast": "weak_label_fast"}  # name: folder under assets/
+FAST, FAST_VERSION = "weak-label-fast", "4ced6935e015"  # what every clip is scored with unless another is asked for
 FEATURES = (
   "motion", "camera_shake", "clarity", "blur", "noise", "blockiness", "bright", "borders", "static", "duplicates",
   "brightness_change", "text", "watermark", "scene_change", "scene_unrest",
@@ -144,7 +145,7 @@ class Model:
     self.folder = pathlib.Path(folder)
     self.spec = Spec.load(folder)
     digest = hashlib.sha256((self.folder / FILE).read_bytes())
-    tensors = safetensors.Tensors(self.folder)
+    tensors = _tensors(self.folder)
     for name in sorted(tensors):
       digest.update(name.encode() + np.ascontiguousarray(tensors[name]).tobytes())
     self.version = digest.hexdigest()[:12]
@@ -152,9 +153,14 @@ class Model:
     self._network = _SubMetrics(tensors, self.spec) if self.spec.branches == ("label",) else _Network(self)
 
   @property
+  def names(self) -> tuple[str, ...]:
+    """Of the sub-metrics that it reads."""
+    return tuple(feature.name for feature in self.spec.features) if "label" in self.spec.branches else ()
+
+  @property
   def wish(self) -> fragments.Plan | None:
     """What is to be sampled of a clip; None where the model looks at no frames."""
-    return self.spec.plan if "dynamic" in self.spec.branches else None
+    return self.spec.plan if {"dynamic", "static"} & set(self.spec.branches) else None
 
   def inputs(self, sample: Sample, scores: Mapping[str, Score]) -> dict[str, np.ndarray]:
     """What the network reads of a clip: fragments and image uint8, features float32 with NaN for what is missing."""
@@ -185,6 +191,15 @@ class Model:
     if isinstance(network, _Network):
       rows += [(f"branch {name}", math.nan, vtss - calibrated(network.raw(inputs, usual=name))) for name in spec.usual]
     return sorted(rows, key=lambda row: row[2])
+
+
+def _tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
+  """The weights, read without JAX."""
+  path = folder / "model.safetensors"
+  try:
+    return safetensors.numpy.load_file(path)
+  except (OSError, safetensors.SafetensorError) as error:
+    raise WeightsError(f"{path} holds no weights ({error}); export the model again") from error
 
 
 def inputs(spec: Spec, sample: Sample, scores: Mapping[str, Score]) -> dict[str, np.ndarray]:
