@@ -77,6 +77,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
   c.data = ml_collections.ConfigDict()
   c.data.sources = ("worlds:shapes-v1?count=512&seed=0",)  # folders, tables, clip sets, TFDS folders, worlds
   c.data.weights = ()  # of the sources in the mixture; () = by their number of clips
+  c.data.validation_sources = ()  # whose held-out videos are validated on; () = those of the sources
   c.data.buckets = (bucket,)  # (frames, height, width) in pixels
   c.data.fps = fps
   c.data.batch = 64  # clips a step, over all devices

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 
 from kling_jax import config as config_lib
+from kling_jax.data import encode, mixture, records
+from kling_jax.data.record import ClipRecord
 from kling_jax.data.tokens import ByteTokenizer
-from kling_jax.errors import ConfigError
+from kling_jax.errors import ConfigError, DataError
 from kling_jax.nn import rng
 from kling_jax.train import task
 
@@ -58,3 +60,30 @@ def test_scores_in_the_caption_are_text_and_nothing_else() -> None:
 def test_a_way_that_there_is_not_is_refused(changes, message) -> None:
   with pytest.raises(ConfigError, match=message):
     task.make(small(**changes))
+
+
+def test_the_table_may_be_of_other_sources_that_nobody_trains_on(tmp_path) -> None:
+  """The sets of a study hold parts of the same videos; a table of the whole set compares them row by row."""
+  media = encode.encode([np.full((32, 32, 3), 90, np.uint8)] * 9, fps=8)
+  for name, count in (("whole", 40), ("part", 25)):
+    with records.RecordWriter(tmp_path / name, "test") as writer:
+      for k in range(count):
+        writer.write(ClipRecord(f"c{k}", f"v{k}", "v", 0, 9, "1/8", 8.0, 32, 32, 9, caption=f"clip {k}"), media)
+  changes = {
+    "model.conditions": (), "data.sources": (str(tmp_path / "part"),), "data.validation_fraction": 0.2,
+    "data.validation_sources": (str(tmp_path / "whole"),),
+  }  # fmt: skip
+  read = lambda batch: {ByteTokenizer(280).decode(row) for row in batch["tokens"]}
+  job = task.make(small(**changes))
+  whole = task.make(small(**changes | {"data.sources": (str(tmp_path / "whole"),), "data.validation_sources": ()}))
+  shown = read(job.batches("validation", 0, 1, 1).fixed_rows(16)[0])
+  assert shown == read(whole.batches("validation", 0, 1, 1).fixed_rows(16)[0]) and len(shown) > 2
+  assert not shown & {text for step in range(12) for text in read(job.batches("train", 0, 1, 1)[step])}
+  every = {f"v{k}" for k in range(40)}
+  trained = sorted(every - mixture.held_out(every, 0.02))
+  with records.RecordWriter(tmp_path / "few", "test") as writer:  # it holds out what the whole set trains on
+    for k, name in enumerate(trained[:2]):
+      writer.write(ClipRecord(f"d{k}", name, "v", 0, 9, "1/8", 8.0, 32, 32, 9), media)
+  other = changes | {"data.sources": (str(tmp_path / "whole"),), "data.validation_sources": (str(tmp_path / "few"),)}
+  with pytest.raises(DataError, match=r"1 held-out videos are trained on in data.sources, first 'v\d+'"):
+    task.make(small(**other | {"data.validation_fraction": 0.02})).batches("validation", 0, 1, 1)

@@ -31,9 +31,9 @@ SPLITS = ("fit", "holdout")
 OWN = ("sweep.arm", "sweep.split")
 # Keys that change how a run is done and not what it learns; they are no part of a run's id.
 HOW = ("mesh", "log", "checkpoint", "data.threads", "data.workers", "data.memory_gib")
-PATHS = ("data.sources", "codec.weights", "text.weights", "init_from")  # of which only the last name counts
+PATHS = ("data.sources", "data.validation_sources", "codec.weights", "text.weights", "init_from")  # of which only the last name counts
 # Keys that runs of one compiled program may differ in.
-ARGUMENTS = ("optimizer.lr", "seed", "steps", "validation", "data.sources")
+ARGUMENTS = ("optimizer.lr", "seed", "steps", "validation", "data.sources", "data.validation_sources")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,16 +101,17 @@ class Sweep:
 
 
 def load(path: str) -> Sweep:
-  """Loads a sweep file: as given, or by its name among the packaged ones (`configs/sweeps/`).
+  """Loads a sweep file: as given, or by its name among the packaged ones (`configs/sweeps/`, `configs/`).
 
   Raises:
     ConfigError: no such file, or it lacks `get_config` or `sweep`.
   """
   given = pathlib.Path(path)
-  packaged = config_lib.packaged_folder() / "sweeps"
-  file = next((p for p in (given, packaged / given.with_suffix(".py").name) if p.is_file()), None)
+  packaged = config_lib.packaged_folder()
+  name = given.with_suffix(".py").name
+  file = next((p for p in (given, packaged / "sweeps" / name, packaged / name) if p.is_file()), None)
   if file is None:
-    known = [p.stem for p in packaged.glob("*.py") if not p.stem.startswith("_")]
+    known = [p.stem for p in (packaged / "sweeps").glob("*.py") if not p.stem.startswith("_")]
     raise ConfigError(f"no sweep file at {path}{nearest(given.stem, known)}")
   spec = importlib.util.spec_from_file_location(f"kling_jax_sweep_{file.stem}", file)
   assert spec is not None and spec.loader is not None

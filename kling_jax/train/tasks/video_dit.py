@@ -20,7 +20,7 @@ from kling_jax.diffusion import loss as loss_lib
 from kling_jax.diffusion import process as process_lib
 from kling_jax.diffusion import sampler as sampler_lib
 from kling_jax.diffusion import time as time_lib
-from kling_jax.errors import ConfigError, nearest
+from kling_jax.errors import ConfigError, DataError, nearest
 from kling_jax.models import flops, latents, video_dit
 from kling_jax.models.text_to_video import Conditions, TextToVideo
 from kling_jax.models.video_vae import VideoVAE, VideoVAEConfig
@@ -128,8 +128,9 @@ class VideoDiTTask(Task):
   def batches(self, split: str, process_index: int, process_count: int, multiple_of: int) -> pipeline.Batches:
     c = self.config
     written = functools.partial(self.percentiles.caption_of, room=c.text.tokens - 2)  # between begin and end
+    sources = self._validated() if split == "validation" and c.data.validation_sources else self.sources
     return pipeline.Batches(
-      self.sources,
+      sources,
       buckets=c.data.buckets,
       fps=c.data.fps,
       batch=c.data.batch,
@@ -139,13 +140,27 @@ class VideoDiTTask(Task):
       tokenizer=ByteTokenizer(c.text.tokens) if c.text.encoder == "bytes" else None,
       percentiles=self.percentiles,
       caption=written if c.model.told == "caption" else None,
-      latents=encoders.latent_caches(c, self.sources.folders) if c.data.cached_latents else (),
-      texts=encoders.text_caches(c, self.sources.folders) if c.text.encoder == "cached" else (),
+      latents=encoders.latent_caches(c, sources.folders) if c.data.cached_latents else (),
+      texts=encoders.text_caches(c, sources.folders) if c.text.encoder == "cached" else (),
       text_length=c.text.tokens,
       process_index=process_index,
       process_count=process_count,
       multiple_of=multiple_of,
     )
+
+  def _validated(self) -> mixture.Mixture:
+    """The sources of the validation table, where they are others; DataError where a video of it is trained on."""
+    data = self.config.data
+    sources = mixture.Mixture.open(data.validation_sources)
+    videos, shown = ({mixture.video_of(info) for info in one.infos()} for one in (self.sources, sources))
+    trained = videos - mixture.held_out(videos, data.validation_fraction)
+    both = sorted(trained & mixture.held_out(shown, data.validation_fraction))
+    if both:
+      raise DataError(
+        f"data.validation_sources: {len(both)} held-out videos are trained on in data.sources, first {both[0]!r}: sets "
+        "of few videos hold out others each; raise data.validation_fraction, or use more videos"
+      )
+    return sources
 
   def validation_rows(self, process_index: int, process_count: int, multiple_of: int) -> list[Batch]:
     split = self.batches("validation", process_index, process_count, multiple_of)
