@@ -51,7 +51,8 @@ def weights(config: OwlConfig = CONFIG) -> dict[str, np.ndarray]:
   found = {}
   for name, leaf in described(config)[1].items():
     noise = draw.standard_normal(leaf.shape).astype(np.float32)
-    found[name] = noise / np.sqrt(leaf.shape[-2]) if name.endswith("kernel") else 0.3 * noise + name.endswith("scale")
+    value = noise / np.sqrt(leaf.shape[-2]) if name.endswith("kernel") else 0.3 * noise + name.endswith("scale")
+    found[name] = value.astype(np.float32)
   return found
 
 

@@ -5,7 +5,7 @@ import hashlib
 import importlib
 import json
 import pkgutil
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -19,6 +19,7 @@ from kling_jax.errors import ConfigError, nearest
 from kling_jax.nn import params as params_lib
 from kling_jax.nn.params import Params
 from kling_jax.train.sharding import Extent
+from kling_jax.train.warm_start import Pretrained
 
 Batch = dict[str, Any]
 PRECISIONS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -94,7 +95,7 @@ class Task(abc.ABC):
     del path
     return 1.0
 
-  def pretrained(self) -> dict[str, str]:
+  def pretrained(self) -> Mapping[str, str | Pretrained]:
     """{path prefix: work directory or safetensors folder} of parts whose weights are loaded before step 0."""
     return {}
 

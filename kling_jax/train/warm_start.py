@@ -3,6 +3,7 @@
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import ml_collections
@@ -17,12 +18,19 @@ from kling_jax.train.checkpoint import Checkpoints
 REPORT = "init_report.json"
 
 
+class Pretrained(NamedTuple):
+  """Weights of one part of a model: where they are, and patterns of parameters that may keep their random start."""
+
+  source: str
+  allow_missing: tuple[str, ...] = ()
+
+
 def apply(
   params: Params,
   config: ml_collections.ConfigDict,
   folder: pathlib.Path,
   shardings: Mapping[str, jax.sharding.Sharding],
-  pretrained: Mapping[str, str],
+  pretrained: Mapping[str, str | Pretrained],
 ) -> Params:
   """Replaces random parameters by loaded ones and writes `init_report.json` where anything was loaded.
 
@@ -31,13 +39,16 @@ def apply(
     config: `init_from` (whole model) and `init_allow_missing` (patterns that may keep their random start).
     folder: the work directory.
     shardings: where each parameter lives.
-    pretrained: {path prefix: work directory or safetensors folder} of parts that have weights of their own.
+    pretrained: {path prefix: work directory or safetensors folder} of parts that have weights of their own, and
+      whether some of their parameters may be missing there.
 
   Raises:
     WeightsError: a path is neither kind, or names or shapes do not match.
   """
-  jobs = [("", config.init_from, tuple(config.init_allow_missing))] if config.init_from else []
-  jobs += [(prefix, source, ()) for prefix, source in pretrained.items()]
+  allowed = (*config.init_allow_missing, "lora.*")  # adapters start as the identity
+  jobs = [("", config.init_from, allowed)] if config.init_from else []
+  for prefix, part in pretrained.items():
+    jobs.append((prefix, *(part if isinstance(part, Pretrained) else Pretrained(part))))
   report = []
   for prefix, source, allowed in jobs:
     wanted = {
@@ -97,7 +108,7 @@ def _load_foreign(
   name_map = {prefix + path: recipe for path, recipe in found.name_map.items()}
   allowed = (*allow_missing, *(prefix + pattern for pattern in found.ours))
   if prefix:  # what stands beside the transformer: of our own making, or loaded from elsewhere
-    allowed = (*allowed, "null_text", "codec.*")
+    allowed = (*allowed, "null_text", "codec.*", "text.*")
   params, report = safetensors.load_into(
     wanted, found.tensors.source, name_map, allow_missing=allowed, allow_unexpected=found.ignored
   )

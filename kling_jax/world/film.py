@@ -9,6 +9,7 @@ from kling_jax.diffusion import guidance as guidance_lib
 from kling_jax.diffusion import sampler as sampler_lib
 from kling_jax.diffusion.guidance import Guidance
 from kling_jax.diffusion.process import Process
+from kling_jax.errors import ConfigError
 from kling_jax.models.latents import Codec
 from kling_jax.models.owl import Branch, ClipConditions, Owl
 from kling_jax.nn import rng
@@ -99,3 +100,32 @@ def image_context(codec: Codec, image_BHWC: jax.Array, frames: int) -> tuple[jax
 def pixels(codec: Codec, latents_BTHWC: jax.Array) -> jax.Array:
   """Latents as uint8 frames (B, T, H, W, 3)."""
   return jnp.round(jnp.clip((codec.decode(latents_BTHWC) + 1) * 127.5, 0, 255)).astype(jnp.uint8)
+
+
+def first_frame(
+  model: Owl, process: Process, camera: Camera, codec: Codec, tokens_BL: jax.Array, mask_BL: jax.Array,
+  fps_B: jax.Array, keys_B: jax.Array,
+) -> jax.Array:  # fmt: skip
+  """Samples one latent frame (B, 1, h, w, c) from a text alone: the Video DiT's bucket of single images.
+
+  The guidance scale is the camera's of state and text.
+
+  Raises:
+    ConfigError: the Video DiT has no text encoder of its own.
+  """
+  if model.video.text is None:
+    raise ConfigError("this world model has no text encoder for a first frame; give --image")
+  rows = keys_B.shape[0]
+  dtype = jnp.float32
+  text_BLD = model.video.text(tokens_BL, mask_BL, dtype=dtype)
+  shape = codec.latent_shape(1, camera.height, camera.width)
+
+  def predict(x_BTHWC: jax.Array, time: jax.Array, branch: Branch) -> jax.Array:
+    heard = model.video.drop_text(text_BLD, mask_BL, jnp.full((rows,), "text" in branch))
+    told = fps_B if model.config.dit.fps else None
+    return model.video.dit(x_BTHWC, jnp.full((rows,), time), heard[0], text_mask_BL=heard[1], fps_B=told)
+
+  guidance = Guidance(camera.guidance.text, rescale=camera.guidance.rescale)
+  noise_BTHWC = rng.normal(rng.stream(keys_B, "noise"), shape)
+  times = sampler_lib.times(camera.steps, camera.shift)
+  return sampler_lib.sample(guidance_lib.guided(predict, guidance), noise_BTHWC, times, process, camera.method)

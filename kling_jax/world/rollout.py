@@ -180,20 +180,11 @@ class World:
   def step(self, params: Params, state: RolloutState, action: Action) -> tuple[Clip, RolloutState]:
     """One clip, and the state after it."""
     model: Owl = params_lib.merge(self.graph, params)
-    layout, rows = self.layout, state.fps_B.shape[0]
+    rows = state.fps_B.shape[0]
     keys_B = jax.vmap(lambda key: jax.random.fold_in(key, state.clip))(state.keys_B)
-    cache = self.policy.make_room(layout, state.cache, state.clip)
+    cache = self.policy.make_room(self.layout, state.cache, state.clip)
+    tokens_BL, mask_BL, state_BQD, cache = self.think(model, cache, state, action)
 
-    # Dynamics, from the model or from the caller, then the state that they lead to.
-    written_BL, written_mask_BL = self._write(model, cache, state, action.given_B)
-    tokens_BL = jnp.where(action.given_B[:, None], action.dynamics_BL, written_BL)
-    mask_BL = jnp.where(action.given_B[:, None], action.dynamics_mask_BL, written_mask_BL)
-    _, cache = self._read(model, cache, model.lm.embed_text(tokens_BL, dtype=self.dtype), state.clip, 0, mask_BL)
-    queries_BQD = model.query_tokens(rows, self.dtype)
-    hidden_BQD, cache = self._read(model, cache, queries_BQD, state.clip, layout.dynamics, mutual=layout.mutual)
-    state_BQD = model.head(hidden_BQD)
-
-    # The clip.
     codec = self.codec_of(model)
     text_BLD, text_mask_BL = model.encode_dynamics(tokens_BL, mask_BL, self.dtype)
     given = ClipConditions(
@@ -210,10 +201,7 @@ class World:
     latents_BTHWC = film.film(model, self.process, camera, given, keys_B, latent_frames)
     frames_BTHWC = film.pixels(codec, latents_BTHWC)
 
-    # What the language model sees of it.
-    shown_BTHWC = frames_BTHWC[:, layout.key_frame_indices(camera.frames)]
-    observed_BLD = model.embed_frames(shown_BTHWC, self.dtype)
-    _, cache = self._read(model, cache, observed_BLD, state.clip, layout.dynamics + layout.queries)
+    cache = self.look(model, cache, state.clip, frames_BTHWC)
     heard_BV = jnp.zeros_like(state.said_BV).at[jnp.arange(rows)[:, None], tokens_BL].max(mask_BL)
     after = dataclasses.replace(
       state,
@@ -224,6 +212,24 @@ class World:
       clip=state.clip + 1,
     )
     return Clip(frames_BTHWC, tokens_BL, mask_BL, state_BQD), after
+
+  def think(
+    self, model: Owl, cache: Cache, state: RolloutState, action: Action
+  ) -> tuple[jax.Array, jax.Array, jax.Array, Cache]:
+    """Dynamics (tokens, mask), from the model or from the caller, and the state that they lead to."""
+    written_BL, written_mask_BL = self._write(model, cache, state, action.given_B)
+    tokens_BL = jnp.where(action.given_B[:, None], action.dynamics_BL, written_BL)
+    mask_BL = jnp.where(action.given_B[:, None], action.dynamics_mask_BL, written_mask_BL)
+    _, cache = self._read(model, cache, model.lm.embed_text(tokens_BL, dtype=self.dtype), state.clip, 0, mask_BL)
+    queries_BQD, layout = model.query_tokens(tokens_BL.shape[0], self.dtype), self.layout
+    hidden_BQD, cache = self._read(model, cache, queries_BQD, state.clip, layout.dynamics, mutual=layout.mutual)
+    return tokens_BL, mask_BL, model.head(hidden_BQD), cache
+
+  def look(self, model: Owl, cache: Cache, clip: jax.Array, frames_BTHWC: jax.Array) -> Cache:
+    """The cache after the language model has seen the key frames of a clip."""
+    shown_BTHWC = frames_BTHWC[:, self.layout.key_frame_indices(frames_BTHWC.shape[1])]
+    observed_BLD = model.embed_frames(shown_BTHWC, self.dtype)
+    return self._read(model, cache, observed_BLD, clip, self.layout.dynamics + self.layout.queries)[1]
 
   def _read(self, model: Owl, cache: Cache, x_BLD, clip, first: int, real_BL=None, mutual: bool = False):
     """Reads a part of a clip that begins at its place `first` into the cache."""
