@@ -192,6 +192,6 @@ def look_up(pyramid: list[jax.Array], place_BHWC: jax.Array) -> jax.Array:
     window = place_BN2[..., None] / 2**number + offsets  # (B, N, 2, 7)
     hat = lambda places, size: jnp.maximum(1 - jnp.abs(places[..., None] - jnp.arange(size, dtype=places.dtype)), 0)
     across, down = hat(window[:, :, 0], level.shape[3]), hat(window[:, :, 1], level.shape[2])
-    rows = jnp.einsum("bnyh,bnhw->bnyw", down, level)  # rows first: XLA's CPU takes three times as long the other way
+    rows = jnp.einsum("bnyh,bnhw->bnyw", down, level)  # rows first: XLA's CPU is slower the other way
     found.append(jnp.einsum("bnyw,bnxw->bnxy", rows, across).reshape(batch, height, width, -1))
   return jnp.concatenate(found, -1)

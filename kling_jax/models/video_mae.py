@@ -13,7 +13,6 @@ from kling_jax.nn.norm import LayerNorm
 
 MEAN = (0.485, 0.456, 0.406)  # of R, G, B in 0..1, as it was trained
 DEVIATION = (0.229, 0.224, 0.225)
-NORMS = ("mean", "tokens", "none")
 
 
 @dataclasses.dataclass(frozen=True)

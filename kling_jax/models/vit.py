@@ -21,9 +21,6 @@ from kling_jax.nn.multihead import MultiHeadAttention
 from kling_jax.nn.norm import LayerNorm
 from kling_jax.nn.weights import used
 
-MLPS = ("gelu", "gelu_tanh", "swiglu")
-POOLS = ("attention", "class")
-
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
