@@ -131,6 +131,15 @@ def test_what_is_not_built_here_is_refused(tmp_path):
     rewritten(tmp_path, part, **facts)
     with pytest.raises(WeightsError, match=message):
       vision.load(tmp_path)
+  rewritten(
+    tmp_path, "siglip", lambda tensors: tensors | {"embeddings.patch_embedding.weight": np.ones((), np.float32)}
+  )
+  with pytest.raises(WeightsError, match="lacks parts"):
+    vision.load(tmp_path)
+  rewritten(tmp_path, "dinov2", lambda tensors: tensors | {"layernorm.bias": np.full(32, np.nan, np.float32)})
+  with pytest.raises(WeightsError, match="not finite"):
+    vision.load(tmp_path)
+  rewritten(tmp_path, "video_mae")
   with pytest.raises(WeightsError, match="no siglip or dinov2"):
     vision.load(tmp_path, "siglip", "dinov2")
   large = {"mask_predictor.conv.weight": np.zeros((1, 1, 1, 1), np.float32)}

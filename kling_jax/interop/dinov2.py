@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from kling_jax.errors import WeightsError
-from kling_jax.interop.names import LINEAR, SAME, Entry, patches, recipes
+from kling_jax.interop.names import LINEAR, SAME, Entry, patches, prefixed, recipes
 from kling_jax.interop.safetensors import Built, Stacked
 from kling_jax.models.vit import Blocks, Shape
 
@@ -81,7 +81,7 @@ def name_map(shape: Shape, names: Collection[str]) -> dict[str, str | Built | St
   for ours, theirs in parts.items():
     entries[f"blocks.{ours}.kernel"] = Entry(f"{block}{theirs}.weight", LINEAR, depth)
     entries[f"blocks.{ours}.bias"] = Entry(f"{block}{theirs}.bias", SAME, depth)
-  found = recipes({ours: Entry(before + entry.name, entry.form, entry.layers) for ours, entry in entries.items()})
+  found = recipes(prefixed(entries, theirs=before))
   found["positions"] = Built((before + TABLE,), lambda table: table[0, 1:].reshape(side, side, width))
   own = [CLASS, TABLE] + [REGISTERS] * (shape.registers > 0)
   found["first"] = Built(tuple(before + name for name in own), _first)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from kling_jax.errors import WeightsError
-from kling_jax.interop.names import LINEAR, SAME, Entry, patches, recipes
+from kling_jax.interop.names import LINEAR, SAME, Entry, patches, prefixed, recipes
 from kling_jax.interop.safetensors import Built, Stacked
 from kling_jax.models.vit import Blocks, Shape
 
@@ -68,15 +68,9 @@ def name_map(shape: Shape, names: Collection[str]) -> dict[str, str | Built | St
   }
   for ours, theirs in (("norm", "post_layernorm"), ("pool.norm", "head.layernorm")):
     entries[f"{ours}.scale"], entries[f"{ours}.bias"] = Entry(f"{theirs}.weight"), Entry(f"{theirs}.bias")
-  for ours, theirs in (
-    ("pool.attention.out", "attention.out_proj"),
-    ("pool.mlp.up", "mlp.fc1"),
-    ("pool.mlp.down", "mlp.fc2"),
-  ):
-    entries[f"{ours}.kernel"], entries[f"{ours}.bias"] = (
-      Entry(f"head.{theirs}.weight", LINEAR),
-      Entry(f"head.{theirs}.bias"),
-    )
+  for ours, theirs in (("attention.out", "attention.out_proj"), ("mlp.up", "mlp.fc1"), ("mlp.down", "mlp.fc2")):
+    entries[f"pool.{ours}.kernel"] = Entry(f"head.{theirs}.weight", LINEAR)
+    entries[f"pool.{ours}.bias"] = Entry(f"head.{theirs}.bias")
   block = "encoder.layers.{}."
   for ours, theirs in (("attention_norm", "layer_norm1"), ("mlp_norm", "layer_norm2")):
     entries[f"blocks.{ours}.scale"] = Entry(f"{block}{theirs}.weight", SAME, depth)
@@ -85,7 +79,7 @@ def name_map(shape: Shape, names: Collection[str]) -> dict[str, str | Built | St
   for ours, theirs in (parts | {"mlp.up": "mlp.fc1", "mlp.down": "mlp.fc2"}).items():
     entries[f"blocks.{ours}.kernel"] = Entry(f"{block}{theirs}.weight", LINEAR, depth)
     entries[f"blocks.{ours}.bias"] = Entry(f"{block}{theirs}.bias", SAME, depth)
-  found = recipes({ours: Entry(before + entry.name, entry.form, entry.layers) for ours, entry in entries.items()})
+  found = recipes(prefixed(entries, theirs=before))
   side = shape.side
   found["positions"] = Built(
     (before + "embeddings.position_embedding.weight",), lambda table: table.reshape(side, side, width)

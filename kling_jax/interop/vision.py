@@ -62,7 +62,7 @@ def load(source: str | os.PathLike[str], *kinds: str) -> Loaded:
     shape = names.read_config(tensors, facts)
   except WeightsError as error:
     raise WeightsError(f"{source}: {error}") from error
-  except (KeyError, ValueError, TypeError, ZeroDivisionError) as error:
+  except (KeyError, IndexError, ValueError, TypeError, AttributeError, ZeroDivisionError) as error:
     raise WeightsError(f"{source} begins like a {kind}, but lacks parts of it ({error!r})") from error
   graph, shapes, _ = params_lib.abstract(lambda: module(shape, rngs=nnx.Rngs(0)))
   recipes = names.name_map(shape, tensors)
