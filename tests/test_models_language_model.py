@@ -121,6 +121,7 @@ def test_pairs_stand_in_for_the_causal_rule():
   np.testing.assert_allclose(jnp.concatenate([first_BLD, second_BLD], 1), whole_BLD, atol=1e-5)
 
 
+@pytest.mark.drill
 def test_layers_unrolled_or_recomputed_are_the_same_layers():
   x_BLD = embeddings()
   cache = params.merge(*built()).init_cache(BATCH, LENGTH)
@@ -173,7 +174,7 @@ def test_frames_enter_as_codes_or_as_patches():
   assert model.embed_frames(patches, dtype=jnp.bfloat16).dtype == jnp.bfloat16
   with pytest.raises(ConfigError, match="patch_width=7"):
     model.embed_frames(jnp.zeros((1, 2, 8)))
-  plain = LanguageModel(language_model.preset("tiny", depth=1), rngs=nnx.Rngs(params=jax.random.key(0)))
+  plain = params.merge(*built(language_model.preset("tiny", depth=1)))
   with pytest.raises(ConfigError, match="set frame_codes"):
     plain.embed_frames(codes_BN)
   with pytest.raises(ConfigError, match="set patch_width"):

@@ -1,4 +1,4 @@
-"""`kling caption`: captions for the clips of a set or for loose files, by a server, from measured facts, from sidecars.
+"""`kling caption`: captions for a set's clips or loose files, by a server or own weights, from facts, from sidecars.
 
 Captioners are asked in the order given; the first that has something to say about a clip speaks. A set is changed at
 once at the end; what a server answered stands in its journal from the moment it came.
@@ -25,7 +25,8 @@ from kling_jax.data.caption import Caption
 from kling_jax.data.record import ClipRecord
 from kling_jax.data.source import ClipSource
 
-CAPTIONERS = ("server", "facts", "sidecar")
+CAPTIONERS = ("server", "local:DIR", "facts", "sidecar")
+LOCAL = "local:"
 JOURNALS = "captions"  # folder in a set
 GIVE_UP = 5  # clips in a row that cannot reach the server end the run
 HOPELESS = 8  # clips that all fail, before one succeeds, end the run: the fault is not theirs
@@ -82,7 +83,7 @@ class Options:
   """How to caption.
 
   Attributes:
-    captioners: of `CAPTIONERS`, in the order they are asked.
+    captioners: of `CAPTIONERS`, in the order they are asked; DIR holds the weights of a captioner of ours.
     server, model: address and model name, for the captioner `server`.
     question: what is asked of it.
     concurrency: clips at a time. rate: requests a minute; None: no limit.
@@ -232,6 +233,10 @@ def _captioners(options: Options, journals: pathlib.Path | None, pace: web.Pace)
       patience = web.Patience(tries=options.tries)
       client = chat.Client(options.server, options.model, timeout_s=options.timeout_s, patience=patience, pace=pace)
       made.append(Server(client, options.question, Journal(journals, options.model, options.question.digest)))
+    elif name.startswith(LOCAL):
+      from kling_jax.curation.caption_local import Local  # starts JAX
+
+      made.append(Local(name.removeprefix(LOCAL)))
     elif name == "facts":
       made.append(Facts())
     elif name == "sidecar":

@@ -14,8 +14,8 @@ def add(parser: argparse.ArgumentParser) -> None:
   """Adds the flags."""
   parser.add_argument("--input", required=True, help="clip set, folder of videos, or one video")
   parser.add_argument("--output", metavar="FILE.jsonl", help="caption table for loose files")
-  parser.add_argument("--captioner", help="server, facts, sidecar, in the order they are asked, with commas between "
-                      "(default: server with --url, else facts)")  # fmt: skip
+  parser.add_argument("--captioner", help="server, local:DIR, facts, sidecar, in the order they are asked, with commas "
+                      "between (default: server with --url, else facts)")  # fmt: skip
   parser.add_argument("--url", default="", help="OpenAI-compatible server, e.g. http://localhost:8000/v1; the key is "
                       "read from OPENAI_API_KEY")  # fmt: skip
   parser.add_argument("--model", default="", help="vision-language model on that server")

@@ -145,6 +145,7 @@ class ClipRecord:
       index=self.index,
       cut_before=self.cut_before,
       start_s=self.start_s - self.source_start_s,
+      parts={name: getattr(self, name) for name in CAPTION_FIELDS if getattr(self, name)},
     )
 
 

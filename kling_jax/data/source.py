@@ -29,6 +29,7 @@ class ClipInfo:
     video_id, index: the video that the clip was cut from, and its place in it.
     cut_before: whether a transition lies directly before it; false: it goes on where the clip before it ends.
     start_s: where the clip starts in its video, in seconds from the video's first frame.
+    parts: the parts of the caption that are known, by Koala-36M's six names (subject, action, environment, ...).
   """
 
   clip_id: str
@@ -43,6 +44,7 @@ class ClipInfo:
   index: int = 0
   cut_before: bool = True
   start_s: float = 0.0
+  parts: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 @typing.runtime_checkable

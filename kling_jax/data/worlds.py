@@ -75,6 +75,17 @@ class Script:
     pillar = ", behind a grey pillar" if self.pillar is not None else ""
     return f"{objects} over {article(f'{self.texture} {self.background}')} background{pillar}; the camera {self.camera}"
 
+  @property
+  def parts(self) -> dict[str, str]:
+    """The same in parts: what a teacher who sees everything says. Objects and their motions stand in one order."""
+    return {
+      "subject": ", ".join(f"{article(thing.colour)} {thing.shape}" for thing in self.things),
+      "action": ", ".join(f"the {thing.shape} {thing.manner}" for thing in self.things),
+      "environment": f"{article(f'{self.texture} {self.background}')} background"
+      + (", a grey pillar in front" if self.pillar is not None else ""),
+      "camera": f"the camera {self.camera}",
+    }
+
 
 @functools.lru_cache(maxsize=4096)
 def script(world: str, seed: int, index: int) -> Script:
@@ -308,6 +319,7 @@ class WorldSource:
       height=NATIVE_SIZE,
       scores=true_scores(clip),
       video_id=identity,
+      parts=clip.parts,
     )
 
   def frames(self, index: int, times_s: np.ndarray, height: int, width: int) -> np.ndarray:
