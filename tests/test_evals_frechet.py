@@ -69,6 +69,15 @@ def test_frechet_of_equal_sets_is_zero_also_with_few_videos():
   assert frechet.frechet(still, frechet.Moments.of(np.full((5, 64), 3.0))) == pytest.approx(4 * 64)
 
 
+def test_few_videos_read_too_high_as_much_as_the_docstring_says():
+  draw = np.random.default_rng(10)
+  size, count = 24, 600
+  values = [
+    frechet.frechet(*(frechet.Moments.of(draw.normal(size=(count, size))) for _ in range(2))) for _ in range(12)
+  ]
+  assert np.mean(values) == pytest.approx((size + 4) / (4 * count) * 2 * size, rel=0.1)
+
+
 def test_kernel_is_unbiased():
   draw = np.random.default_rng(6)
   x, y = draw.normal(size=(9, 4)), draw.normal(size=(7, 4)) + 0.5

@@ -95,8 +95,8 @@ def frechet(first: Moments, second: Moments) -> float:
 
   With S = F F' from an eigendecomposition, the trace of the root is the sum of singular values of F1' F2. No root of a
   rounded eigenvalue is taken after the product, so that equal sets are at distance 0 to rounding (1e-12 of the
-  traces) also where there are fewer videos than features. It is biased upwards for few videos, by about D / count of
-  the traces: compare only sets of equal count.
+  traces) also where there are fewer videos than features. It is biased upwards for few videos: two sets of one
+  isotropic Gaussian read about (D + 4) / (4 count) of tr S1 + tr S2. Compare only sets of equal count.
 
   Raises:
     DataError: fewer than two videos in a set, or features of two sizes.
