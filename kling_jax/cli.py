@@ -304,6 +304,18 @@ def _size(text: str | None) -> tuple[int | None, int | None]:
   return int(width), int(height)
 
 
+def _add_rollout(parser: Parser) -> None:
+  from kling_jax.generate import rollout_command  # flags only, nothing heavy
+
+  rollout_command.add(parser)
+
+
+def _rollout(args: argparse.Namespace) -> int:
+  from kling_jax.generate import rollout_command
+
+  return rollout_command.run(args)
+
+
 # ---- sweep ---------------------------------------------------------------------------------------------------------
 
 
@@ -370,6 +382,7 @@ VERBS: dict[str, tuple[Callable[..., None], Run, str]] = {
   "encode": (_add_encode, _encode, "Latents and text of a clip set into caches."),
   "train": (_add_train, _train, "Train any task of any config."),
   "sample": (_add_sample, _sample, "Videos from a checkpoint: from text, from an image, continuing a video."),
+  "rollout": (_add_rollout, _rollout, "A world model goes on clip by clip: its own next action, or yours."),
   "eval": (_add_eval, _eval, "Metrics of a trained model: control."),
   "import": (_add_import, _import, "Weights of others into our folders and work directories."),
   "export": (_add_export, _export_weights, "Weights of a work directory as safetensors, in our names or diffusers'."),

@@ -1,0 +1,192 @@
+"""`kling rollout`: clips as they finish, going back, forks, saved moments, and refusals before anything is compiled."""
+
+import json
+import pathlib
+
+import numpy as np
+import pytest
+import test_train_tasks_owl
+
+from kling_jax import cli
+from kling_jax import config as config_lib
+from kling_jax.data import decode, grid
+from kling_jax.errors import ConfigError, DataError, KlingError, UsageError, WeightsError
+from kling_jax.generate import rollout
+from kling_jax.generate.rollout import Model, Rollout, Settings, scenes
+from kling_jax.train import task
+from kling_jax.train.checkpoint import Checkpoints
+
+PROMPT = "a red circle, in a pink room"
+
+
+def write_run(folder: pathlib.Path, **changes) -> pathlib.Path:
+  """A work directory as training leaves it, with weights away from their initial values."""
+  c = test_train_tasks_owl.config(sample__steps=2, **changes)
+  job = task.make(c)
+  values = test_train_tasks_owl.weights(job)
+  trained = [name for name in values if job.trainable(name)]
+  folder.mkdir()
+  (folder / "config.json").write_text(json.dumps(config_lib.plain(c)))
+  checkpoints = Checkpoints(folder, c.checkpoint)
+  state = {"params": values, "ema": {name: values[name] for name in trained}}
+  checkpoints.save(7, state, {"trained": trained, "constants": {}})
+  checkpoints.close()
+  return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> pathlib.Path:
+  return write_run(tmp_path_factory.mktemp("runs") / "world")
+
+
+@pytest.fixture(scope="module")
+def model(folder) -> Model:
+  return Model(folder)
+
+
+@pytest.fixture(scope="module")
+def image() -> np.ndarray:
+  return np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
+
+
+@pytest.fixture(scope="module")
+def lived(model, image) -> Rollout:
+  made = Rollout(model, PROMPT, image, seed=3)
+  list(made.stream(3, ["the red circle moves up", None], cuts=[2]))
+  return made
+
+
+def same(a, b) -> None:
+  assert (a.dynamics, a.given, a.cut) == (b.dynamics, b.given, b.cut)
+  np.testing.assert_array_equal(a.frames_THWC, b.frames_THWC)
+
+
+def test_clips_stream_with_their_texts_and_cuts(lived) -> None:
+  assert [clip.number for clip in lived.clips] == [0, 1, 2]
+  assert [clip.given for clip in lived.clips] == [True, False, False]
+  assert [clip.cut for clip in lived.clips] == [False, False, True]
+  assert lived.clips[0].dynamics == "the red circle moves up"
+  assert all(clip.frames_THWC.shape == (5, 16, 16, 3) and clip.seconds > 0 for clip in lived.clips)
+
+
+def test_going_back_and_on_is_the_same_film_and_an_override_another(lived) -> None:
+  again = lived.fork()
+  again.rewind(1)
+  assert len(again.clips) == 1 and len(lived.clips) == 3
+  same(again.next(), lived.clips[1])
+  same(again.next(cut=True), lived.clips[2])
+  again.rewind(1)
+  other = again.next("the camera pans left")
+  assert other.given and not np.array_equal(other.frames_THWC, lived.clips[1].frames_THWC)
+  same(again.clips[0], lived.clips[0])
+  with pytest.raises(UsageError, match="cannot go back to clip 3: this rollout holds 0 to 2"):
+    again.rewind(3)
+
+
+def test_forks_under_other_dice_differ_and_under_the_same_do_not(lived) -> None:
+  futures = [lived.fork(branch).next("nothing moves").frames_THWC for branch in (None, None, 1)]
+  np.testing.assert_array_equal(futures[0], futures[1])
+  assert not np.array_equal(futures[0], futures[2])
+
+
+def test_a_saved_moment_goes_on_as_if_it_had_not_been(lived, model, tmp_path) -> None:
+  lived.save(tmp_path / "moment.npz")
+  back = Rollout.load(model, tmp_path / "moment.npz")
+  for mine, theirs in zip(back.clips, lived.clips, strict=True):
+    same(mine, theirs)
+  same(back.next(), lived.fork().next())
+  with pytest.raises(UsageError, match="holds 3 to 4"):
+    back.rewind(1)
+  (tmp_path / "torn.npz").write_bytes((tmp_path / "moment.npz").read_bytes()[:500])
+  (tmp_path / "empty.npz").write_bytes(b"")
+  for name in ("torn.npz", "empty.npz", "none.npz"):
+    with pytest.raises(DataError, match="no saved rollout"):
+      Rollout.load(model, tmp_path / name)
+  other = object.__new__(Model)
+  other.__dict__ = {**model.__dict__, "name": "elsewhere@1"}
+  with pytest.raises(WeightsError, match="was saved with"):
+    Rollout.load(other, tmp_path / "moment.npz")
+
+
+def test_the_verb_writes_clips_film_and_report(folder, image, tmp_path, capsys) -> None:
+  grid.write_png(tmp_path / "start.png", image)
+  out = tmp_path / "film"
+  words = ["rollout", "--workdir", str(folder), "--prompt", PROMPT, "--image", str(tmp_path / "start.png"), "--length",
+           "2s", "--dynamics", "the red circle moves up", "--seed", "3", "--out", str(out), "--json"]  # fmt: skip
+  assert cli.main(words) == 0
+  report = json.loads(capsys.readouterr().out)
+  assert report == json.loads((out / "rollout.json").read_text())
+  assert [clip["given"] for clip in report["clips"]] == [True, False]
+  assert report["first_clip_s"] > 0 and report["clip_s"] > 0
+  assert decode.probe(out / "film.mp4").num_frames == 10
+  assert {path.name for path in out.iterdir()} >= {"clip-000.mp4", "clip-001.mp4", "film.png", "rollout.npz"}
+
+
+def test_interactive_takes_texts_cuts_and_steps_back(folder, tmp_path) -> None:
+  """Without an image: the first frame is the model's own."""
+  said = iter(["the red circle moves up", "/cut the fog", "/back", "", "/quit"])
+  asked = []
+  report = rollout.run(
+    str(folder), PROMPT, str(tmp_path / "film"), clips=9, seed=3,
+    ask=lambda question: (asked.append(question), next(said))[1], tell=lambda _: None,
+  )  # fmt: skip
+  assert [(clip["given"], clip["cut"]) for clip in report["clips"]] == [(True, False), (False, False)]
+  assert asked == [f"clip {number}> " for number in (0, 1, 2, 1, 2)]
+
+
+@pytest.mark.parametrize(("clips", "cuts", "expected"), [(24, 2, (8, 16)), (6, 2, (2, 4)), (2, 0, ()), (1, 2, ())])
+def test_scenes_are_of_equal_length(clips, cuts, expected) -> None:
+  assert scenes(clips, cuts) == expected
+
+
+def refused(model: Model, *given) -> str:
+  with pytest.raises(KlingError) as caught:
+    model.check(*given)
+  return str(caught.value)
+
+
+def test_what_the_model_cannot_do_is_refused_with_the_largest_legal_value(model, folder, image, tmp_path) -> None:
+  most = (65_536 - 44) // 44
+  assert f"legal: 1 to {most}" in refused(model, most + 1, [], None)
+  assert "2 --dynamics for 1 clips" in refused(model, 1, ["a", "b"], None)
+  assert "is empty; give a text of 1 to 30 bytes" in refused(model, 1, [" "], None)
+  assert "31 bytes; this model takes at most 30" in refused(model, 1, ["x" * 31], None)
+  assert "(8, 16, 3); this model takes uint8 (16, 16, 3)" in refused(model, 1, [], image[:8])
+  for words, message in (
+    ({"clips": 1, "length": "2s"}, "either --clips or --length"),
+    ({"length": "3s"}, "ready ones are 2s, 8s, 24s"),
+    ({"clips": 2, "cuts": [2]}, "--cut 2: the clips are 0 to 1"),
+    ({"clips": 2, "image": "nowhere.png"}, "there is no file nowhere.png"),
+  ):
+    with pytest.raises(UsageError, match=message):
+      rollout.run(str(folder), PROMPT, str(tmp_path / "out"), **words)
+  with pytest.raises(UsageError, match="--prompt is empty"):
+    Rollout(model, "", image)
+  for settings, message in (
+    (Settings(context_noise=0.5), r"context_noise 0.5: this model was trained on contexts with noise of 0 to 0.1"),
+    (Settings(form="fractional", level=0.3), "history_level 0.3"),
+    (Settings(form="fraction"), "did you mean 'fractional'"),
+    (Settings(temperature=-1.0), "temperature"),
+  ):
+    with pytest.raises(ConfigError, match=message):
+      Model(folder, settings=settings)
+
+
+def test_checkpoints_of_other_stages_and_presets_are_refused(folder, tmp_path) -> None:
+  values = json.loads((folder / "config.json").read_text())
+
+  def run_of(name: str, **changes) -> pathlib.Path:
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "config.json").write_text(json.dumps({**values, **changes}))
+    (tmp_path / name / "checkpoints").symlink_to(folder / "checkpoints")
+    return tmp_path / name
+
+  with pytest.raises(UsageError, match="of stage 'align', whose Video DiT was never trained"):
+    Model(run_of("align", stage="align"))
+  with pytest.raises(UsageError, match="trained the task 'video_dit'"):
+    Model(run_of("base", task="video_dit"))
+  with pytest.raises(WeightsError, match="is of another model"):
+    Model(run_of("wide", state={**values["state"], "queries": 5}))
+  generate = Model(run_of("generate", stage="generate"))
+  assert "never taught to write dynamics, and clip 1 has none" in refused(generate, 2, ["up"], None)
+  generate.check(2, ["up", "down"], None)
