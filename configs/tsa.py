@@ -81,7 +81,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     c.labels.fold = -1
     c.steps = 60
     c.optimizer.lr, c.optimizer.warmup = 3e-3, 5
-    c.data.batch = 20
+    c.data.batch = 40
     c.ema.decay = 0.9
     c.checkpoint.every = 30
   return c

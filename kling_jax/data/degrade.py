@@ -70,8 +70,8 @@ def _by_frame(change: Callable[[np.ndarray, int], np.ndarray]) -> Make:
 
 def _blur(frame: np.ndarray, strength: int) -> np.ndarray:
   """Out of focus: Gaussian of 0.4, 0.7, 1.2, 2 % of the shorter side."""
-  sigma = (0.004, 0.007, 0.012, 0.02)[strength - 1] * min(frame.shape[:2])
-  return cv2.GaussianBlur(frame, (0, 0), max(sigma, 0.6))
+  sigma = (0.004, 0.007, 0.012, 0.02)[strength - 1] * max(min(frame.shape[:2]), 150)
+  return cv2.GaussianBlur(frame, (0, 0), sigma)
 
 
 def _blocking(frame: np.ndarray, strength: int) -> np.ndarray:
@@ -188,7 +188,7 @@ def _strobing(shot, strength, rng, others):
 
 
 def _transition(shot, strength, rng, others):
-  """One to four cuts or dissolves of eight frames to other shots and back, spread over the clip."""
+  """One to four cuts (through one mixed frame) or dissolves of eight frames to other shots and back, spread evenly."""
   frames = walked(shot, 1.0)
   height, width = frames.shape[1:3]
   fitted = [

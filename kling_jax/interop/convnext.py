@@ -16,8 +16,8 @@ _HUGGING_FACE = {
 }  # fmt: skip
 _TIMM = {
   "patch": "stem.0", "patch_norm": "stem.1", "merge_norm": "stages.{s}.downsample.0",
-  "merge": "stages.{s}.downsample.1", "block": "stages.{s}.blocks.{b}.", "depthwise": "conv_dw", "norm": "norm", "up": "mlp.fc1", "down": "mlp.fc2",
-  "scale": "gamma", "last": "head.norm", "classifier": "head.fc",
+  "merge": "stages.{s}.downsample.1", "block": "stages.{s}.blocks.{b}.", "depthwise": "conv_dw", "norm": "norm",
+  "up": "mlp.fc1", "down": "mlp.fc2", "scale": "gamma", "last": "head.norm", "classifier": "head.fc",
 }  # fmt: skip
 
 

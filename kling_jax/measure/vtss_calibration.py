@@ -85,7 +85,7 @@ def agreement(predicted_R: np.ndarray, rating_R: np.ndarray) -> dict[str, float]
 
 
 def intervals(
-  measure: Callable[[np.ndarray], dict[str, float]], groups_R: Sequence[str], draws: int = DRAWS, seed: int = 0
+  measure: Callable[[np.ndarray], dict[str, float]], groups_R: Sequence[str], draws: int | None = None, seed: int = 0
 ) -> dict[str, tuple[float, float]]:
   """95 % percentile intervals of what `measure(rows)` gives, over draws of whole groups (source videos).
 
@@ -96,7 +96,7 @@ def intervals(
   members = [np.flatnonzero(inverse == k) for k in range(len(names))]
   rng = np.random.Generator(np.random.PCG64(seed))
   found: dict[str, list[float]] = {}
-  for _ in range(draws):
+  for _ in range(draws or DRAWS):
     rows = np.concatenate([members[k] for k in rng.integers(len(names), size=len(names))])
     for name, value in measure(rows).items():
       found.setdefault(name, []).append(value)
