@@ -61,6 +61,10 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
   c.text.padding = large  # the network sees the zeros behind a text, as Wan 2.1 was trained; False hides them
   c.text.weights = placeholder(str)  # cached: folder of a T5, umT5 or CLIP, or work directory of a byte encoder
 
+  c.lora = ml_collections.ConfigDict()
+  c.lora.rank = 0  # above 0 the transformer is frozen and adapters of this rank are trained, for a start from init_from
+  c.lora.match = r"(self|cross)_attn\.(q|k|v|out)\.kernel$"  # the kernels that get one
+
   c.diffusion = ml_collections.ConfigDict()
   c.diffusion.process = "flow"  # flow, v, x
   c.diffusion.time = "logit_normal"  # logit_normal, uniform

@@ -9,10 +9,15 @@ import parity_fixture
 import pytest
 import safetensors.numpy
 
+from kling_jax import config as config_lib
 from kling_jax.errors import UsageError, WeightsError
+from kling_jax.generate import convert
 from kling_jax.interop import detect, lora, wan_dit
 from kling_jax.interop import safetensors as weights
+from kling_jax.nn import lora as lora_lib
 from kling_jax.nn import params as params_lib
+from kling_jax.train import loop, task
+from kling_jax.train.checkpoint import Checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -156,3 +161,60 @@ def test_adapters_that_do_not_fit_are_refused(base, change, match, tmp_path):
   (path.parent / "adapter_config.json").write_text("[]")
   with pytest.raises(WeightsError):
     lora.read(write(path, adapted.weights), config)
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+
+def lora_config(**changes):
+  config = config_lib.load("video_dit:runlocal")
+  config.update_from_flattened_dict(
+    {"model.size": "d16", "lora.rank": 2, "steps": 3, "validation.every": 0, "data.batch": 8} | changes
+  )
+  return config
+
+
+def test_under_lora_the_adapters_and_what_is_ours_are_trained(tmp_path):
+  job = task.make(lora_config())
+  adapted = [name for name in job.shapes if name.startswith("lora.")]
+  assert "lora.blocks.cross_attn.out.kernel.b" in adapted and len(adapted) == 16
+  assert job.axes["lora.blocks.self_attn.q.kernel.a"] == (*job.axes["dit.blocks.self_attn.q.kernel"][:-1], None)
+  trained = {name for name in job.shapes if job.trainable(name)}
+  assert trained == {
+    name for name in job.shapes
+    if name.startswith(("lora.", "text.", "dit.conditions.")) or name == "null_text"
+  }  # fmt: skip
+  draw = np.random.default_rng(0)
+  params = {name: jnp.asarray(draw.normal(size=leaf.shape), jnp.float32) for name, leaf in job.shapes.items()}
+  lora.save(tmp_path / "a.safetensors", lora_lib.of(params, "lora."))
+  read, facts = lora.read(tmp_path / "a.safetensors", job.dit)
+  assert facts["rank"] == 2
+  merged = lora.merge({name: value for name, value in params.items() if name not in adapted}, [(read, 1.0)])
+  whole = params_lib.split(job.whole(params))[1]
+  for name, value in merged.items():
+    np.testing.assert_allclose(whole[name], value, rtol=1e-6, err_msg=name)
+  assert np.abs(whole["dit.blocks.self_attn.q.kernel"] - params["dit.blocks.self_attn.q.kernel"]).max() > 0.1
+
+
+@pytest.mark.drill
+def test_adapters_learn_on_a_frozen_transformer_and_go_out_as_a_file(tmp_path):
+  base = loop.run(lora_config(**{"lora.rank": 0}), tmp_path / "base")
+  config = lora_config(init_from=str(tmp_path / "base"), **{"optimizer.lr": 1e-2, "steps": 30})
+  summary = loop.run(config, tmp_path / "run")
+  assert summary.metrics["loss"] < base.metrics["loss"]
+  job = task.make(config)
+  read = lambda name, shapes: Checkpoints(tmp_path / name).restore_params(Checkpoints(tmp_path / name).latest(), shapes)
+  before = read("base", task.make(lora_config(**{"lora.rank": 0})).shapes)
+  after = read("run", job.shapes)
+  for name, value in before.items():
+    if not job.trainable(name):
+      np.testing.assert_array_equal(after[name], value)
+  assert all(np.abs(after[name]).max() > 0 for name in after if name.endswith("kernel.b"))
+  convert.export(str(tmp_path / "run"), str(tmp_path / "out"), naming="diffusers")
+  adapters, _ = lora.read(tmp_path / "out" / "lora.safetensors", job.dit)
+  merged = lora.merge({name: after[name] for name in before}, [(adapters, 1.0)])
+  whole = params_lib.split(job.whole(after))[1]
+  np.testing.assert_allclose(whole["dit.blocks.self_attn.v.kernel"], merged["dit.blocks.self_attn.v.kernel"], rtol=1e-5)
+  convert.import_(str(tmp_path / "out"), str(tmp_path / "back"))
+  for name, value in read("back", job.shapes).items():
+    np.testing.assert_array_equal(value, after[name])

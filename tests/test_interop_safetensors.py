@@ -1,7 +1,10 @@
 """Safetensors: round trips, shards, strict loading with reports, hostile files."""
 
 import json
+import pathlib
 import struct
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -133,6 +136,77 @@ def test_name_maps_rename_and_build_stacked_layers(tmp_path):
   wrong = wanted | {"blocks.kernel": jax.ShapeDtypeStruct((3, 2, 3), jnp.float32)}
   with pytest.raises(WeightsError, match=r"blocks.kernel \(\(3, 3, 2\) in the file, \(3, 2, 3\) in the model\)"):
     weights.load_into(wrong, tmp_path, {"blocks.kernel": stacked, "final": "model.final"})
+
+
+def test_stacked_layers_are_read_slice_by_slice(tmp_path):
+  """A mesh that cuts layers, rows and columns gets what stacking everything gives; other slices are not read."""
+  draw = np.random.default_rng(0)
+  layers = {f"layer.{i}": draw.normal(size=(6, 8)).astype(ml_dtypes.bfloat16) for i in range(4)}
+  weights.write(tmp_path, layers)
+  whole = np.stack([array.T for array in layers.values()])
+  turn = lambda array: array.T
+  mesh = jax.make_mesh((2, 2, 2), ("a", "b", "c"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
+  for spec in (jax.P("a", "b", "c"), jax.P(None, ("a", "c"), "b"), jax.P()):
+    sharding = jax.sharding.NamedSharding(mesh, spec)
+    wanted = {"w": jax.ShapeDtypeStruct(whole.shape, jnp.float32, sharding=sharding)}
+    params, report = weights.load_into(wanted, tmp_path, {"w": weights.Stacked(tuple(layers), turn)})
+    assert params["w"].sharding == sharding and report.cast == {"bfloat16 -> float32": 1}
+    np.testing.assert_array_equal(np.asarray(params["w"]), whole.astype(np.float32))
+  asked = []
+  lazy = weights.Layers(weights.Stacked(tuple(layers), turn), Watched(layers, asked))
+  asked.clear()
+  np.testing.assert_array_equal(lazy[1:3, 2:5, :1], whole[1:3, 2:5, :1])
+  assert set(asked) == {"layer.1", "layer.2"}
+  uneven = layers | {"layer.3": np.zeros((6, 7), ml_dtypes.bfloat16)}
+  with pytest.raises(WeightsError, match="layer.3 is .* unlike"):
+    weights.Layers(weights.Stacked(tuple(layers), turn), uneven)
+
+
+class Watched(dict):
+  """Notes which tensors are asked for."""
+
+  def __init__(self, tensors, asked):
+    super().__init__(tensors)
+    self.asked = asked
+
+  def __getitem__(self, name):
+    self.asked.append(name)
+    return super().__getitem__(name)
+
+
+@pytest.mark.drill
+def test_a_large_checkpoint_is_streamed_within_the_bound():
+  """The width of Wan's 14B from sparse files, in a process of its own: its exit code says whether the bound held."""
+  script = pathlib.Path(__file__).parents[1] / "benchmarks" / "stream_weights.py"
+  run = subprocess.run([sys.executable, script, "--depth", "4"], capture_output=True, text=True)
+  assert run.returncode == 0, run.stdout + run.stderr
+  assert "14b with 4 blocks" in run.stdout
+
+
+def test_what_is_not_finite_is_refused(tmp_path):
+  for dtype in (np.float32, np.float16, ml_dtypes.bfloat16):
+    for bad in (np.nan, np.inf, -np.inf):
+      values = np.ones((300, 7), dtype)
+      assert weights.finite(values) and weights.finite(values[:, ::2])
+      values[250, 3] = bad
+      assert not weights.finite(values)
+  weights.write(tmp_path, {"w": values})
+  with pytest.raises(WeightsError, match="w is not finite"):
+    weights.load_into({"w": jax.ShapeDtypeStruct((300, 7), jnp.float32)}, tmp_path)
+  big = tmp_path / "big"
+  weights.write(big, {"w": np.full(3, 1e30, np.float32)})
+  with pytest.raises(WeightsError, match="w is not finite everywhere .as float16"):
+    weights.load_into({"w": jax.ShapeDtypeStruct((3,), jnp.float16)}, big)
+
+
+def test_a_fingerprint_knows_weights_and_not_their_files(tmp_path):
+  tensors = some_tensors()
+  weights.write(tmp_path / "one", tensors)
+  weights.write(tmp_path / "shards", tensors, shard_bytes=1)
+  changed = tensors | {"head.bias": np.full((), 0.25, np.float32)}
+  weights.write(tmp_path / "changed", changed)
+  one, shards, other = (weights.fingerprint(tmp_path / name) for name in ("one", "shards", "changed"))
+  assert one == shards != other and len(one) == 16
 
 
 def test_differences_are_listed_with_the_nearest_names(tmp_path):

@@ -14,14 +14,16 @@ from kling_jax import config as config_lib
 from kling_jax import files
 from kling_jax.data import conditions
 from kling_jax.errors import UsageError, WeightsError
-from kling_jax.interop import detect, outward, safetensors
+from kling_jax.interop import detect, lora, outward, safetensors
 from kling_jax.models import video_dit, video_vae
+from kling_jax.nn import lora as nn_lora
 from kling_jax.nn.params import Params
 from kling_jax.train import encoders, task, workdir
 from kling_jax.train.checkpoint import Checkpoints
 
 NAMINGS = ("kling_jax", "diffusers")
 MODEL = "kling_jax.json"  # of an exported model: what a work directory knows beside the weights
+LORA = "lora.safetensors"  # adapters of a run that trained some, ready for `kling sample --lora` or diffusers
 REST = "rest"  # parameters that diffusers has no place for
 # Subfolders of a pipeline: in diffusers' layout and in ours.
 TRANSFORMER, VAE, TEXT = ("transformer", "dit"), ("vae",), ("text_encoder", "text")
@@ -241,6 +243,11 @@ def _write_model(
   if beside:
     parts[REST] = ""
     safetensors.write(target / REST, {name: params[name] for name in beside})
+  adapters = nn_lora.of(params, "lora.")
+  if adapters and own:
+    lora.save(target / LORA, adapters)
+  elif adapters:
+    lora.export(target / LORA, adapters, job.dit)
   return sorted(beside), parts
 
 

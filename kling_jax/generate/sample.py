@@ -95,12 +95,15 @@ class Model:
       for name, leaf in self.task.shapes.items()
     }
     self.params = checkpoints.restore_params(self.step, shapes)
-    for source, scale in map(lora.parse, loras):
-      adapters, _ = lora.read(source, self.task.dit)
-      self.params = lora.merge(self.params, [(adapters, scale)])
+    self._adapt(loras)
     meta = checkpoints.meta(self.step)
     self.percentiles = conditions_lib.Percentiles.from_json(meta["constants"]["conditions"])
     self._samplers: dict[Any, Any] = {}
+
+  def _adapt(self, loras: Sequence[str]) -> None:
+    for source, scale in map(lora.parse, loras):
+      adapters, _ = lora.read(source, self.task.dit)
+      self.params = lora.merge(self.params, [(adapters, scale)])
 
   def size(self, settings: Settings) -> tuple[int, int, int]:
     """(frames, height, width) of the videos, checked against codec and patch.

@@ -282,10 +282,8 @@ class Layers:
 
   def __init__(self, recipe: Stacked, tensors: Mapping[str, np.ndarray]):
     """Raises WeightsError where the layers differ in shape or type."""
-    self._parts: list[Callable[[], np.ndarray]] = [
-      lambda name=name: recipe.build(tensors[name]) for name in recipe.names
-    ]
-    first = self._parts[0]()
+    self._recipe, self._tensors = recipe, tensors
+    first = self._layer(0)
     self.dtype, self.shape = first.dtype, (len(recipe.names), *first.shape)
     self.size = math.prod(self.shape)
     for name in recipe.names[1:]:
@@ -293,13 +291,16 @@ class Layers:
       if array.shape != tensors[recipe.names[0]].shape or array.dtype != self.dtype:
         raise WeightsError(f"{name} is {array.dtype}{list(array.shape)}, unlike the same tensor of the first layer")
 
+  def _layer(self, number: int) -> np.ndarray:
+    return self._recipe.build(self._tensors[self._recipe.names[number]])
+
   def __getitem__(self, index: Any) -> np.ndarray:
-    layers, *inner = index if isinstance(index, tuple) else (slice(None) if index is ... else index,)
-    parts: list[Callable[[], np.ndarray]] = self._parts[layers]
-    first = parts[0]()[tuple(inner)]
-    stacked = np.empty((len(parts), *first.shape), self.dtype)
-    for place, part in zip(stacked, parts, strict=True):
-      place[...] = part()[tuple(inner)]
+    where: tuple[Any, ...] = index if isinstance(index, tuple) else (slice(None) if index is ... else index,)
+    layers: slice = where[0]
+    numbers, inner = range(self.shape[0])[layers], where[1:]
+    stacked = np.empty((len(numbers), *self._layer(numbers[0])[inner].shape), self.dtype)
+    for place, number in zip(stacked, numbers, strict=True):
+      place[...] = self._layer(number)[inner]
     return stacked
 
   def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
@@ -417,8 +418,9 @@ def _place(path: str, array: Any, wanted: jax.ShapeDtypeStruct, report: Report) 
     report.cast[f"{array.dtype} -> {wanted.dtype}"] += 1
 
   def part(index: Any) -> np.ndarray:
-    # Layers give an array of their own; anything else is the file, and must not stay mapped.
-    values = array[index].astype(wanted.dtype, order="C", copy=not isinstance(array, Layers))
+    with np.errstate(over="ignore"):  # what overflows is found, and named, below
+      # Layers give an array of their own; anything else is the file, and must not stay mapped.
+      values = array[index].astype(wanted.dtype, order="C", copy=not isinstance(array, Layers))
     if not finite(values):
       raise WeightsError(f"{report.source}: {path} is not finite everywhere (as {wanted.dtype}); take other weights")
     return values

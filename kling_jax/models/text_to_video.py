@@ -9,6 +9,7 @@ from flax import nnx
 
 from kling_jax.models.text_encoder import ByteTextEncoder
 from kling_jax.models.video_dit import VideoDiT, VideoDiTConfig
+from kling_jax.nn import lora as lora_lib
 from kling_jax.nn.weights import used
 
 DROPS = ("text", "scores", "image")
@@ -50,6 +51,7 @@ class TextToVideo(nnx.Module):
     text_tokens: int,
     text_padding: bool = False,
     codec: nnx.Module | None = None,
+    lora: tuple[int, str] | None = None,
     rngs: nnx.Rngs,
   ):
     """Builds the parts.
@@ -60,6 +62,7 @@ class TextToVideo(nnx.Module):
       text_tokens: longest text.
       text_padding: the transformer sees zeros behind a text, as Wan 2.1 was trained, instead of the text alone.
       codec: a codec with weights, kept in the same tree so that a checkpoint is complete; None for the wavelet.
+      lora: (rank, pattern of kernels) of adapters for the transformer; None for none.
       rngs: stream `params`.
     """
     self.dit = VideoDiT(config, rngs=rngs)
@@ -67,6 +70,7 @@ class TextToVideo(nnx.Module):
     self.text = ByteTextEncoder(config.text_width, text_depth, text_tokens, rngs=rngs) if text_depth else None
     self.text_padding = text_padding
     self.codec = codec
+    self.lora = None if lora is None else lora_lib.adapters(self.dit, *lora, rngs=rngs)
 
   def encode_text(self, batch: dict[str, Any], dtype: Any) -> tuple[jax.Array, jax.Array]:
     """(text_BLD, mask_BL) from `tokens` and `tokens_mask`, or from cached `text` and `text_mask`."""

@@ -5,9 +5,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from kling_jax.errors import ConfigError, WeightsError
-from kling_jax.nn.params import Params
+from kling_jax.nn.params import Params, flatten
 
 A, B = ".lora_a", ".lora_b"
 
@@ -54,6 +55,34 @@ def merge_lora(params: Params, lora: Params, *, scale: float = 1.0) -> Params:
     kernel = params[path]
     merged[path] = kernel + (scale * (lora[path + A] @ lora[path + B])).astype(kernel.dtype)
   return merged
+
+
+def adapters(module: nnx.Module, rank: int, match: str, *, rngs: nnx.Rngs) -> nnx.Dict:
+  """`init_lora` for the kernels of `module` as parameters of a module, nested like their paths: `blocks.q.kernel.a`.
+
+  They lie on a mesh as their kernels do; the rank stays whole.
+  """
+  leaves = flatten(nnx.state(module))
+  lora = init_lora(leaves, rank, match, key=rngs.params())
+  tree: dict[str, Any] = {}
+  for path in sorted(name.removesuffix(A) for name in lora if name.endswith(A)):
+    *stack, inputs, outputs = leaves[path].get_metadata()["axes"]
+    node = tree
+    for part in path.split("."):
+      node = node.setdefault(part, {})
+    node["a"] = nnx.Param(lora[path + A], axes=(*stack, inputs, None))
+    node["b"] = nnx.Param(lora[path + B], axes=(*stack, None, outputs))
+  return _module(tree)
+
+
+def _module(tree: dict[str, Any]) -> nnx.Dict:
+  return nnx.Dict({name: _module(node) if isinstance(node, dict) else node for name, node in tree.items()})
+
+
+def of(params: Params, prefix: str) -> Params:
+  """The adapters among flat parameters, by the paths of their kernels: `prefix` + "q.kernel.a" is "q.kernel.lora_a"."""
+  inner = {name.removeprefix(prefix): value for name, value in params.items() if name.startswith(prefix)}
+  return {f"{name[:-2]}.lora_{name[-1]}": value for name, value in inner.items()}
 
 
 def _example(shapes: dict[str, Any]) -> str:

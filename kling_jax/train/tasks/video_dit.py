@@ -24,6 +24,7 @@ from kling_jax.errors import ConfigError, DataError, nearest
 from kling_jax.models import flops, latents, video_dit
 from kling_jax.models.text_to_video import Conditions, TextToVideo
 from kling_jax.models.video_vae import VideoVAE, VideoVAEConfig
+from kling_jax.nn import lora as lora_lib
 from kling_jax.nn import params as params_lib
 from kling_jax.nn import rng
 from kling_jax.nn.params import Params
@@ -32,6 +33,10 @@ from kling_jax.train.sharding import Extent
 from kling_jax.train.task import Batch, Task
 
 TOLD = ("adaln", "caption")  # ways in which the model learns the scores
+
+
+# Trained under LoRA: the adapters, the text side of our own, and parts of the transformer that Wan has not.
+BESIDE = ("lora.", "null_text", "text.", "dit.conditions.", "dit.fps.", "dit.state.", "dit.blocks.state_attn.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,11 +85,22 @@ class VideoDiTTask(Task):
       text_tokens=c.text.tokens,
       text_padding=c.text.padding,
       codec=VideoVAE.preset(c.codec.preset, rngs=rngs) if c.codec.name == "vae" else None,
+      lora=(c.lora.rank, c.lora.match) if c.lora.rank else None,
       rngs=rngs,
     )
 
   def trainable(self, path: str) -> bool:
+    """All but the codec; under LoRA the adapters, and what starts as a no-op beside the transformer."""
+    if self.config.lora.rank:
+      return path.startswith(BESIDE)
     return not path.startswith("codec.")
+
+  def whole(self, params: Params) -> TextToVideo:
+    """The model with its adapters, where it has some, in the transformer's kernels."""
+    lora = lora_lib.of(params, "lora.")
+    if lora:
+      params = lora_lib.merge_lora(params, {f"dit.{name}": value for name, value in lora.items()})
+    return params_lib.merge(self.graph, params)
 
   def pretrained(self) -> dict[str, str]:
     c = self.config.codec
@@ -185,7 +201,7 @@ class VideoDiTTask(Task):
 
   def losses(self, params: Params, batch: Batch, keys_B: jax.Array, train: bool) -> tuple[jax.Array, dict[str, Any]]:
     c = self.config
-    model: TextToVideo = params_lib.merge(self.graph, params)
+    model = self.whole(params)
     x0_BTHWC = self.encode(model, batch)
     conditions = self._conditions(model, batch)
     if train:
@@ -263,7 +279,7 @@ class VideoDiTTask(Task):
     return jax.jit(functools.partial(self._sample, recipe, negative))
 
   def _sample(self, recipe: Recipe, negative: bool, params: Params, batch: Batch, keys_B: jax.Array) -> jax.Array:
-    model: TextToVideo = params_lib.merge(self.graph, params)
+    model = self.whole(params)
     codec = self.codec(model)
     shape = codec.latent_shape(recipe.frames, recipe.height, recipe.width)
     given = self._conditions(model, batch)
