@@ -22,9 +22,9 @@ CAPTION, SCORES = 30, 68  # bytes
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
   args = config.parse_arg(arg, told="adaln", runlocal=False)
   c = config.load("video_dit:runlocal")
-  c.model.size = "d64"
+  c.model.size = "d128x2"
   c.model.told = args.told
-  c.codec.channels = 12  # 48 numbers a patch: no wider than the model
+  c.codec.spatial, c.codec.channels = 8, 32  # one token a latent frame, 128 numbers: no wider than the model
   c.text.width, c.text.depth = 64, 1
   c.text.tokens = 2 + CAPTION + (SCORES if args.told == "caption" else 0)
   c.history.probability = 0.0
@@ -34,12 +34,12 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
   c.data.memory_gib = 1.0
   c.data.threads = 1
   c.data.batch = 32
-  c.steps = 60 if args.runlocal else 1800
-  c.optimizer.lr = 4e-3
+  c.steps = 60 if args.runlocal else 1500
+  c.optimizer.lr = 3e-3
   c.optimizer.schedule = "wsd"
   c.optimizer.warmup = 10 if args.runlocal else 100
   c.ema.decay = 0.98 if args.runlocal else 0.99
-  c.validation.every = 30 if args.runlocal else 600
+  c.validation.every = 30 if args.runlocal else 500
   c.validation.rows = 16 if args.runlocal else 128
   c.checkpoint.every = 30 if args.runlocal else 300
   c.sample.steps = 16

@@ -42,8 +42,9 @@ def build(models: Mapping[str, Matrix], facts: Mapping[str, object], fps: float)
     )
     document.text("Measured by " + ", ".join(f"{key}: {who}" for key, who in found.scorers.items()) + ".")
     for told in found.told:
-      document.section(f"{name}: {told} raised", "One text and seed a column of videos; levels from top to bottom.")
-      document.gallery(_tiles(found, told, fps), width=2 * SIDE)
+      document.section(f"{name}: {told} raised", "Of each pair a strip, levels from top to bottom, and a video, levels "
+                       "from left to right.")  # fmt: skip
+      document.gallery(_tiles(found, told, fps), width=len(found.levels) * SIDE)
   return document
 
 
@@ -66,15 +67,15 @@ def _row(cell: Cell) -> tuple[Any, ...]:
 
 
 def _tiles(found: Matrix, told: str, fps: float) -> list[page.Tile]:
-  """A strip of frames a pair, one row a level, and the same as a video."""
+  """A strip of frames a pair, one row a level, and the same as a video, one column a level."""
   tiles = []
   for pair in range(len(found.videos[told, 0])):
     clips = np.stack([_enlarged(found.videos[told, k][pair]) for k in range(len(found.levels))])
     levels = " / ".join(f"{level:g}" for level in found.levels)
     strip = grid.png(grid.contact_sheet(clips, STRIP_FRAMES))
     tiles.append(page.Tile(strip, f"{told} {levels}, pair {pair}, in time from left to right"))
-    stacked = np.concatenate(list(clips), axis=1)
-    even = stacked[:, : stacked.shape[1] // 2 * 2, : stacked.shape[2] // 2 * 2]
+    beside = np.concatenate(list(clips), axis=2)
+    even = beside[:, : beside.shape[1] // 2 * 2, : beside.shape[2] // 2 * 2]
     tiles.append(page.Tile(encode.encode(list(even), fps=fps), f"{told} {levels}, pair {pair}"))
   return tiles
 

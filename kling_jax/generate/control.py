@@ -96,17 +96,17 @@ def _real(model: sample.Model, options: Options, fps: float) -> tuple[list[str],
   frames, height, width = model.size(options.settings)
   batches = model.task.batches("validation", 0, 1, 1)
   bucket = buckets.Bucket(frames, height, width, fps)
-  fits = lambda clip: buckets.refusal(model.task.sources.info(clip), bucket, buckets.Limits()) is None
+  fits = lambda clip: buckets.refusal(batches.sources.info(clip), bucket, buckets.Limits()) is None
   chosen = [clip for held in batches.clips for clip in held.tolist() if fits(clip)]
   if len(chosen) < options.pairs:
     raise DataError(
       f"{len(chosen)} held-out clips are long enough, {options.pairs} pairs need as many; lower --pairs, or train "
       "with a larger data.validation_fraction"
     )
-  prompts = [model.task.sources.info(clip).caption for clip in chosen[: options.pairs]]
+  prompts = [batches.sources.info(clip).caption for clip in chosen[: options.pairs]]
   picks = np.unique(np.linspace(0, len(chosen) - 1, min(REAL_CLIPS, len(chosen))).round().astype(int))
   times_s = np.arange(frames) / fps
-  return prompts, [model.task.sources.frames(chosen[k], times_s, height, width) for k in picks]
+  return prompts, [batches.sources.frames(chosen[k], times_s, height, width) for k in picks]
 
 
 def _name(model: sample.Model, taken: Any) -> str:
