@@ -2,12 +2,17 @@
 
     python benchmarks/score.py ../shared/videos --json score.json
     python benchmarks/score.py ../shared/videos --overlays       how much of written lines and marks is found instead
+    python benchmarks/score.py ../shared/videos --vtss --limit 4      clips a second with a VTSS, fast and whole
 
 Every video of the folder of at most 20 s is a clip. "bare decode" reads all its frames and looks at none; "decode" is
 the one pass that all scorers share (frames, luma, thumbnails and motion vectors taken along). One process, one thread.
 
 With --overlays, white lines with a dark outline, of three heights, and a mark in a corner are written over the luma of
 each video; `text` and `watermark` before and after tell what they find.
+
+With --vtss, wall time of a clip on all cores: decoding, sub-metrics, the model of sub-metrics alone, and TSA at the
+paper's size with random weights, once in JAX and once of torchvision's Video Swin-T and ConvNeXt-T in the same process
+(whole frames: no gates, which torchvision has not). Needs torch and torchvision.
 """
 
 import argparse
@@ -32,12 +37,17 @@ def main() -> None:
   parser.add_argument("folder", type=pathlib.Path)
   parser.add_argument("--scorers", default="default", help="as of kling score")
   parser.add_argument("--overlays", action="store_true", help="accuracy of text and watermark instead of time")
+  parser.add_argument("--vtss", action="store_true", help="time of suitability scores instead")
+  parser.add_argument("--mosaics", type=int, default=1, help="of a clip, with --vtss (the paper's: 4)")
   parser.add_argument("--limit", type=int, default=12, help="clips")
   parser.add_argument("--json", type=pathlib.Path)
   args = parser.parse_args()
   cv2.setNumThreads(1)
   if args.overlays:
     overlays(args.folder, args.limit)
+    return
+  if args.vtss:
+    suitability(args.folder, args.limit, args.mosaics)
     return
   scorers = measure.chosen(args.scorers.split(","))
   rows = []
@@ -76,6 +86,68 @@ def timed(call: Callable[[], Any]) -> tuple[float, Any]:
   clock = time.process_time()
   answer = call()
   return time.process_time() - clock, answer
+
+
+def suitability(top: pathlib.Path, limit: int, mosaics: int) -> None:
+  """Prints seconds and clips a second of the parts of a VTSS."""
+  import jax
+  import jax.numpy as jnp
+  import torch
+  import torchvision
+  from flax import nnx
+
+  from kling_jax.measure import fragments, vtss
+  from kling_jax.models import tsa, video_swin
+  from kling_jax.nn import params as params_lib
+
+  plan = fragments.Plan(mosaics=mosaics)
+  shape = dataclasses.replace(tsa.PRESETS["tiny"], swin=video_swin.PRESETS["tiny"])
+  graph, _, _ = params_lib.abstract(lambda: tsa.TSA(shape, rngs=nnx.Rngs(params=jax.random.key(0))))
+  params = params_lib.create(lambda: tsa.TSA(shape, rngs=nnx.Rngs(params=jax.random.key(0))))
+  network = jax.jit(lambda params, *inputs: params_lib.merge(graph, params)(*inputs))
+  swin, convnext = torchvision.models.video.swin3d_t().eval(), torchvision.models.convnext_tiny().eval()
+  model = vtss.load(vtss.FAST)
+  names = ("decode", "sub-metrics", "fast model", "network, JAX", "network, PyTorch")
+  taken: dict[str, list[float]] = {name: [] for name in names}
+
+  def clock(name: str, call: Callable[[], Any]) -> Any:
+    start = time.perf_counter()
+    answer = call()
+    taken[name].append(time.perf_counter() - start)
+    return answer
+
+  def theirs(pixels: np.ndarray, image: np.ndarray) -> None:
+    with torch.no_grad():
+      swin(torch.from_numpy(pixels[0].transpose(0, 4, 1, 2, 3).copy()))
+      convnext(torch.from_numpy(image.transpose(0, 3, 1, 2).copy()))
+
+  warm = False
+  for path in folder.find_videos(top):
+    info = decode.probe(path, decode=False) if pathlib.Path(path).suffix == ".mp4" else None
+    if info is None or not 2 < info.duration_s <= sample.WHOLE_S or len(taken["decode"]) == limit:
+      continue
+    seen = clock("decode", lambda path=path: sample.of_media(path, (plan, 0)))
+    scores = clock("sub-metrics", lambda seen=seen: measure.measured(seen, measure.SCORERS[:-1]))
+    clock("fast model", lambda seen=seen, scores=scores: model.vtss(seen, scores))
+    pixels = fragments.normalised(seen.mosaics_QTHWC)[None]
+    image = fragments.normalised(vtss.picture_of(seen, plan))[None]
+    features = jnp.asarray(model.inputs(seen, scores)["features"])[None]
+    if not warm:
+      network(params, pixels, image, features).block_until_ready()
+      theirs(pixels, image)
+    warm = True
+    clock("network, JAX", lambda a=pixels, b=image, c=features: network(params, a, b, c).block_until_ready())
+    clock("network, PyTorch", lambda a=pixels, b=image: theirs(a, b))
+  median = {name: statistics.median(values) for name, values in taken.items()}
+  print(f"{len(taken['decode'])} clips, {mosaics} mosaics of 32 x 224 x 224 each, median seconds a clip:")
+  for name, value in median.items():
+    print(f"  {name:<20}{value:9.4f}")
+  shared = median["decode"] + median["sub-metrics"]
+  for name, cost in (("fast", median["fast model"]), ("whole", median["network, JAX"])):
+    print(
+      f"{name}: {1 / (shared + cost):.2f} clips/s, decode {100 * median['decode'] / (shared + cost):.0f} % of the time"
+    )
+  print(f"network beside PyTorch's: {median['network, JAX'] / median['network, PyTorch']:.2f} times its time")
 
 
 def overlays(top: pathlib.Path, limit: int) -> None:

@@ -19,7 +19,7 @@ from kling_jax.measure import vtss
 from kling_jax.measure.fragments import Plan
 from kling_jax.measure.vtss import Feature
 
-LEAST, MOST = 0.0, 6.0  # of ratings: averages of rescaled votes may leave 1 to 5 a little
+LEAST, MOST = -1.0, 7.0  # of ratings: averages of rescaled votes may leave 1 to 5
 GOOD = 4.0  # ratings from which clips are what is usual
 ORIGINAL = "original"
 
@@ -52,7 +52,7 @@ def read(table: str | os.PathLike[str], source: records.RecordSource) -> list[Ra
 
   Raises:
     DataError: no such table or columns, a rating that is no number of 1 to 5 (averages of rescaled votes may lie up to
-      1 beyond), a clip rated twice, ratings of clips that are not in the set, or all ratings alike.
+      2 beyond), a clip rated twice, ratings of clips that are not in the set, or all ratings alike.
   """
   rows = _rows(pathlib.Path(table))
   places = {source.info(index).clip_id: index for index in range(len(source))}
