@@ -68,7 +68,8 @@ def pipeline(tmp_path_factory):
 def imported(pipeline, tmp_path_factory):
   """The work directory of the pipeline."""
   folder = tmp_path_factory.mktemp("imported") / "work"
-  assert cli.main(["import", str(pipeline[0]), "--out", str(folder)]) == 0
+  assert cli.main(["import", str(pipeline[0]), "--out", str(folder), "--config.sample.steps=3"]) == 0
+  assert warm_start.workdir.read_config(folder).sample.steps == 3
   return folder
 
 
@@ -253,6 +254,7 @@ def test_refusals_of_import_and_export_are_one_line(pipeline, imported, tmp_path
   out = ["--out", str(tmp_path / "new")]
   refused(["import", str(tmp_path / "gone"), *out], "there is no", 2)
   refused(["import", str(pipeline[0] / "vae"), "--out", str(imported)], "is not empty", 2)
+  refused(["import", str(pipeline[0] / "vae"), *out, "--config.steps=1"], "takes no --config", 2)
   refused(["export", "--workdir", str(imported), *out, "--naming", "x"], "--naming 'x' is unknown", 2)
   (tmp_path / "strange").mkdir()
   safetensors.numpy.save_file({"cats.dogs": np.zeros(2, np.float32)}, tmp_path / "strange" / "a.safetensors")

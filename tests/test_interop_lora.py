@@ -158,6 +158,8 @@ def test_adapters_that_do_not_fit_are_refused(base, change, match, tmp_path):
   path = write(tmp_path / "a" / "x.safetensors", tensors)
   with pytest.raises(WeightsError, match=match):
     lora.read(path, config)
+  if match in ("diff_b", "no dense layer"):
+    assert lora.read(path, config, ignore=("*.diff_b", "../*"))[1]["ignored"] == list(change)
   (path.parent / "adapter_config.json").write_text("[]")
   with pytest.raises(WeightsError):
     lora.read(write(path, adapted.weights), config)

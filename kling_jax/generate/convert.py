@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -32,7 +32,9 @@ TRANSFORMER, VAE, TEXT = ("transformer", "dit"), ("vae",), ("text_encoder", "tex
 # ---- in --------------------------------------------------------------------------------------------------------------
 
 
-def import_(source: str, out: str, *, dtype: str = "keep", config: str | None = None) -> dict[str, Any]:
+def import_(
+  source: str, out: str, *, dtype: str = "keep", config: str | None = None, overrides: Sequence[str] = ()
+) -> dict[str, Any]:
   """Brings weights in.
 
   Args:
@@ -40,13 +42,14 @@ def import_(source: str, out: str, *, dtype: str = "keep", config: str | None = 
     out: where it goes: one model becomes a folder of safetensors under our names, for `init_from`, `codec.weights` and
       `text.weights`; a pipeline or an export becomes a work directory that `kling sample` takes.
     dtype: of the tensors of one model: keep, float32 or bfloat16; work directories hold float32.
-    config: training config of a work directory, in place of the one that fits the transformer.
+    config: training config of a pipeline's work directory, in place of the one that fits the transformer.
+    overrides: of that config, such as "--config.precision=bfloat16".
 
   Returns:
     The summary, JSON-ready.
 
   Raises:
-    UsageError: nothing there, or `out` is in use.
+    UsageError: nothing there, `out` is in use, or a config for what takes none.
     WeightsError: weights that are damaged, unknown or of a form that is not built here.
   """
   folder, target = pathlib.Path(source), pathlib.Path(out)
@@ -54,11 +57,14 @@ def import_(source: str, out: str, *, dtype: str = "keep", config: str | None = 
     raise UsageError(f"there is no {source}")
   if target.exists() and any(target.iterdir()):
     raise UsageError(f"{out} is not empty; give a new --out")
-  if (folder / MODEL).is_file():
-    return _import_export(folder, target)
+  exported = (folder / MODEL).is_file()
   transformer = _part(folder, TRANSFORMER)
-  if transformer is not None:
-    return _import_pipeline(folder, transformer, target, config)
+  if transformer is not None and not exported:
+    return _import_pipeline(folder, transformer, target, config, overrides)
+  if config or overrides:
+    raise UsageError(f"{source} is no pipeline (transformer/ and vae/), and takes no --config")
+  if exported:
+    return _import_export(folder, target)
   found = detect.recognise(folder)
   if found is None:
     near = sorted({name.split(".")[0] for name in safetensors.Tensors(folder)})[:8]
@@ -74,7 +80,7 @@ def _part(folder: pathlib.Path, names: tuple[str, ...]) -> pathlib.Path | None:
 
 
 def _import_pipeline(
-  folder: pathlib.Path, transformer: pathlib.Path, target: pathlib.Path, spec: str | None
+  folder: pathlib.Path, transformer: pathlib.Path, target: pathlib.Path, spec: str | None, overrides: Sequence[str]
 ) -> dict[str, Any]:
   """A work directory of a transformer with the VAE and the text encoder beside it."""
   dit = detect.wanted(transformer, "video_dit")
@@ -87,7 +93,7 @@ def _import_pipeline(
   sizes = video_dit.PRESETS | ({family: video_dit.preset(family)} if dit.config.width % 16 == 0 else {})
   size = named(sizes, dit.config, ("conditions", "remat", "latent_channels", "text_width"), "transformer")
   preset = named(video_vae.PRESETS, vae.config, ("remat",), "vae")
-  config = config_lib.load(spec or f"video_dit:size={size},res=480p")
+  config = config_lib.load(spec or f"video_dit:size={size},res=480p", overrides)
   config.model.size, config.model.conditions = size, ()
   config.codec.name, config.codec.preset, config.codec.weights = "vae", preset, str(vae_folder.resolve())
   config.codec.channels, config.codec.spatial = vae.config.channels, vae.config.spatial

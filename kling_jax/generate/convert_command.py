@@ -12,14 +12,15 @@ def add_import(parser: argparse.ArgumentParser) -> None:
   )
   parser.add_argument("--out", required=True, help="new folder: of safetensors (one model) or a work directory")
   parser.add_argument("--dtype", default="keep", help="of one model's tensors: keep, float32, bfloat16 (default: keep)")
-  parser.add_argument("--config", help="training config of the work directory (default: video_dit at the model's size)")
+  parser.add_argument("--config", help="training config of a pipeline's work directory (default: video_dit at the "
+                      "model's size); override keys: --config.precision=bfloat16")  # fmt: skip
   answers.add_flag(parser)
 
 
 def run_import(args: argparse.Namespace) -> int:
   from kling_jax.generate import convert
 
-  done = convert.import_(args.source, args.out, dtype=args.dtype, config=args.config)
+  done = convert.import_(args.source, args.out, dtype=args.dtype, config=args.config, overrides=args.overrides)
   return _tell(args, done, f"{done['folder']}: {done['kind']}, {done.get('parameters', 0) or 'all'} parameters")
 
 

@@ -154,7 +154,7 @@ def encode_text(source: ClipSource, encoder: encoders.FrozenTextEncoder, folder:
       rows = encoder.rows
       for chunk in (todo[start : start + rows] for start in range(0, len(todo), rows)):
         texts = [caption for _, caption in chunk]
-        tokens_BL, mask_BL = encoder.tokenizer(texts + [""] * (rows - len(texts)))
+        tokens_BL, mask_BL = encoders.shortened(*encoder.tokenizer(texts + [""] * (rows - len(texts))))
         text_BLD = np.asarray(apply(encoder.params, tokens_BL, mask_BL))
         for (clip_id, caption), text_LD, mask_L in zip(chunk, text_BLD, mask_BL, strict=False):
           writer.add(clip_id, text_variant(caption), text_LD[mask_L])

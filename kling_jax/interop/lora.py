@@ -7,6 +7,7 @@ changes nothing.
 
 import collections
 import dataclasses
+import fnmatch
 import json
 import os
 import pathlib
@@ -67,7 +68,7 @@ def read(
   strange, ignored = [], []
   for name in tensors:
     module, part = _parse(name)
-    if any(re.fullmatch(_regex(pattern), name) for pattern in ignore):
+    if any(fnmatch.fnmatchcase(name, pattern) for pattern in ignore):
       ignored.append(name)
     elif module is None or module not in places:
       strange.append(name)
@@ -86,10 +87,6 @@ def read(
   lora = _stack(source, config, pairs, places, default)
   ranks = [len(pair.down) for pair in pairs.values() if pair.down is not None]
   return lora, {"layers": len(pairs), "rank": max(ranks), "ignored": ignored}
-
-
-def _regex(pattern: str) -> str:
-  return re.escape(pattern).replace(r"\*", ".*")
 
 
 def _parse(name: str) -> tuple[str | None, str]:
@@ -149,8 +146,6 @@ def _stack(
         f"{source}: {module} has A {pair.down.shape} and B {pair.up.shape}; this transformer's layer maps {shape[0]} "
         f"to {shape[1]}: take the adapter of a model of this size"
       )
-    if not (np.isfinite(pair.down).all() and np.isfinite(pair.up).all()):
-      raise WeightsError(f"{source}: {module} has values that are not finite; take other weights")
     ranks[path] = max(ranks[path], rank)
   for path, rank in ranks.items():
     stacked = path.startswith("blocks.")
@@ -163,6 +158,8 @@ def _stack(
         own = len(pair.down)
         a[layer or 0, :, :own] = pair.down.T
         b[layer or 0, :own] = pair.up.T * np.float32(1.0 if alpha is None else alpha / own)
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+      raise WeightsError(f"{source}: the adapters of {path} have values that are not finite; take other weights")
     name = f"{path}.kernel"
     lora[name + A], lora[name + B] = (a, b) if stacked else (a[0], b[0])  # type: ignore[assignment]
   return lora

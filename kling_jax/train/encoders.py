@@ -22,6 +22,7 @@ from kling_jax.train import warm_start, workdir
 from kling_jax.train.task import PRECISIONS
 
 TEXT_KINDS = ("t5", "clip_text")
+COLUMNS = 64  # texts are encoded at lengths that are multiples of it; a caption has a fifth of Wan's 512 tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,9 +110,18 @@ def embed(encoder: FrozenTextEncoder, texts: Sequence[str]) -> tuple[np.ndarray,
   for start in range(0, len(texts), encoder.rows):
     chunk = list(texts[start : start + encoder.rows])
     tokens_BL, mask_BL = encoder.tokenizer(chunk + [""] * (encoder.rows - len(chunk)))
-    text_BLD = jax.jit(encoder.encode)(encoder.params, tokens_BL, mask_BL)
-    parts.append((np.asarray(text_BLD, np.float32)[: len(chunk)], mask_BL[: len(chunk)]))
+    text_BLD = np.asarray(jax.jit(encoder.encode)(encoder.params, *shortened(tokens_BL, mask_BL)), np.float32)
+    padded_BLD = np.zeros((*mask_BL.shape, text_BLD.shape[-1]), np.float32)
+    padded_BLD[:, : text_BLD.shape[1]] = text_BLD
+    parts.append((padded_BLD[: len(chunk)], mask_BL[: len(chunk)]))
   return np.concatenate([text for text, _ in parts]), np.concatenate([mask for _, mask in parts])
+
+
+def shortened(tokens_BL: np.ndarray, mask_BL: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Both without the columns that are padding in every row, up to a multiple of `COLUMNS`: few shapes to compile."""
+  longest = int(mask_BL.sum(axis=1).max())
+  length = -(-longest // COLUMNS) * COLUMNS
+  return tokens_BL[:, :length], mask_BL[:, :length]
 
 
 def text_card(config: ml_collections.ConfigDict) -> Card:
