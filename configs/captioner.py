@@ -56,7 +56,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
   if args.runlocal:
     c.steps = 60
     c.data.sources = ("worlds:shapes-v1?count=64&seed=0",)
-    c.data.batch = 4
+    c.data.batch = 8
     c.model.tower_depth, c.model.frames, c.model.size, c.model.patch = 1, 2, 32, 8
     c.model.max_text = 160
     c.optimizer.warmup = 10
