@@ -207,10 +207,10 @@ def test_clips_of_a_video_are_never_parted():
 
 
 def test_the_shipped_model_is_what_its_card_and_the_code_say():
-  folder = assets.folder("weak_label_fast")
+  folder = assets.folder("weak_label")
   card = json.loads((folder / "card.json").read_text())
-  model = vtss.load(vtss.FAST)
-  assert model.version == vtss.FAST_VERSION and model.names == vtss.FEATURES
+  model = vtss.load(vtss.SHIPPED)
+  assert model.version == vtss.SHIPPED_VERSION and model.names == vtss.FEATURES
   assert hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest() == card["sha256"]
   assert "weak" in card["labels"] and "weak-label" in model.spec.name
   licences = {facts["licence"] for facts in card["footage"].values()}
@@ -218,8 +218,8 @@ def test_the_shipped_model_is_what_its_card_and_the_code_say():
 
 
 def test_numpy_gives_what_the_network_gives():
-  folder = assets.folder("weak_label_fast")
-  model = vtss.load(vtss.FAST)
+  folder = assets.folder("weak_label")
+  model = vtss.load(vtss.SHIPPED)
   rate = vtss_network.rater(folder, model.spec)
   features = np.random.default_rng(1).random((5, 15)).astype(np.float32)
   features[3, 4] = np.nan
@@ -232,7 +232,7 @@ def test_every_clip_has_a_vtss_without_jax_and_damage_lowers_it(films):
   noisy = np.clip(frames + np.random.default_rng(0).normal(0, 25, frames.shape), 0, 255).astype(np.uint8)
   times = np.arange(len(frames)) / 12
   clean, damaged = (measure.score(each, times)["vtss"] for each in (frames, noisy))
-  assert clean.scorer == "weak-label-fast" and clean.version == vtss.FAST_VERSION
+  assert clean.scorer == "weak-label" and clean.version == vtss.SHIPPED_VERSION
   assert 1 <= damaged.value < clean.value <= 5
 
 
@@ -241,7 +241,7 @@ def network(tmp_path_factory) -> vtss.Model:
   """A model with all branches and random weights."""
   folder = tmp_path_factory.mktemp("network")
   spec = dataclasses.replace(
-    vtss.load(vtss.FAST).spec, name="all", branches=tsa.BRANCHES, plan=Plan((4, 4), 16, 8, 1, 2, 32),
+    vtss.load(vtss.SHIPPED).spec, name="all", branches=tsa.BRANCHES, plan=Plan((4, 4), 16, 8, 1, 2, 32),
     usual={"static": [0.0] * 48},
   )  # fmt: skip
   spec = dataclasses.replace(
@@ -270,7 +270,7 @@ def test_a_clip_scores_the_same_bits_always_and_whatever_is_scored_beside_it(net
 
 
 def test_why_names_what_moved_the_score(films):
-  model = vtss.load(vtss.FAST)
+  model = vtss.load(vtss.SHIPPED)
   sample = sample_lib.of_media(films[0])
   given = model.inputs(sample, measure.measured(sample, measure.SCORERS[:-1]))
   found = model.why(given)
@@ -328,5 +328,5 @@ def test_a_set_gets_vtss_whatever_the_workers_and_keeps_that_of_others(films, tm
     assert all(clip.vtss == clip.scores["vtss"].value for clip in clips[1:])
     answers.append([clip.scores for clip in clips])
   assert answers[0] == answers[1]
-  command = score_command.command([str(folder)], wanted=score_command.Wanted(("vtss",), model=vtss.FAST), workers=1)
+  command = score_command.command([str(folder)], wanted=score_command.Wanted(("vtss",), model=vtss.SHIPPED), workers=1)
   assert command == 0 and next(records.read_all(folder))[0].vtss != 4.25  # asked for by name

@@ -53,7 +53,7 @@ def _add_curate(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     "--scorers", help="default, presets, jax, raft:WEIGHTS, names, your package.module:NAME; by commas"
   )
-  parser.add_argument("--model", help="suitability model of VTSS: weak-label, or a folder (default: weak-label-fast)")
+  parser.add_argument("--model", help="suitability model of VTSS: weak-label (default), or a folder")
   parser.add_argument("--keep", action="append", metavar="RULE",
                       help="what is kept, e.g. 'motion >= 0.01'; repeat for others (see `kling select`)")  # fmt: skip
   parser.add_argument("--seconds_per_video", type=float, help="longer ones are quarantined as timeout (default: 3600)")
@@ -196,8 +196,8 @@ def _add_score(parser: argparse.ArgumentParser) -> None:
                            "by commas")  # fmt: skip
   parser.add_argument("--aesthetic_weights", metavar="FILE_OR_FOLDER",
                       help="safetensors of CLIP ViT-L/14 and LAION's head (default: a classical stand-in)")  # fmt: skip
-  parser.add_argument("--model", metavar="NAME_OR_FOLDER", help="suitability model that says VTSS: weak-label, "
-                      "weak-label-fast (default), or a folder that training exported")  # fmt: skip
+  parser.add_argument("--model", metavar="NAME_OR_FOLDER", help="suitability model that says VTSS: weak-label "
+                      "(default), or a folder that training exported")  # fmt: skip
   parser.add_argument("--why", action="store_true", help="of loose files: what moved their VTSS, and how far")
   parser.add_argument("--workers", type=int, help="processes (default: one a core)")
   answers.add_flag(parser)

@@ -101,7 +101,7 @@ SCORERS: tuple[Scorer, ...] = (
   Scorer(continuity.NAME, continuity.VERSION, continuity.CONDITIONS, continuity.continuity),
   Scorer(text.NAME, text.VERSION, text.CONDITIONS, text.text),
   Scorer(watermark.NAME, watermark.VERSION, watermark.CONDITIONS, watermark.watermark),
-  _vtss(vtss.FAST, vtss.FAST_VERSION),
+  _vtss(vtss.SHIPPED, vtss.SHIPPED_VERSION),
 )
 RAFT = "raft:"  # before the place of its weights
 # Each decodes the media anew.

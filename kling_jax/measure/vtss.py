@@ -26,8 +26,7 @@ from kling_jax.measure.vtss_calibration import Calibration
 
 FILE = "vtss.json"
 CONDITION = "vtss"
-SHIPPED = {"weak-label": "weak_label", "weak-label-fast": "weak_label_fast"}  # name: folder under assets/
-FAST, FAST_VERSION = "weak-label-fast", "4ced6935e015"  # what every clip is scored with unless another is asked for
+SHIPPED, SHIPPED_VERSION = "weak-label", "62333383f82a"  # the model of every clip unless another is asked for
 FEATURES = (
   "motion", "camera_shake", "clarity", "blur", "noise", "blockiness", "bright", "borders", "static", "duplicates",
   "brightness_change", "text", "watermark", "scene_change", "scene_unrest",
@@ -263,13 +262,13 @@ class _Network:
 
 @functools.lru_cache(maxsize=4)
 def load(name: str) -> Model:
-  """A model by the name of a shipped one ("weak-label", "weak-label-fast") or by its folder; one a process.
+  """The shipped model by its name, "weak-label", or a model by its folder; one a process.
 
   Raises:
     WeightsError: neither.
   """
-  if name in SHIPPED:
-    return Model(assets.folder(SHIPPED[name]))
+  if name == SHIPPED:
+    return Model(assets.folder("weak_label"))
   if not pathlib.Path(name).is_dir():
-    raise WeightsError(f"no suitability model {name!r}: wants {' or '.join(SHIPPED)}, or the folder of one")
+    raise WeightsError(f"no suitability model {name!r}: wants {SHIPPED}, or the folder of one")
   return Model(name)
