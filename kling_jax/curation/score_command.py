@@ -180,8 +180,8 @@ def _vtss(scores: dict[str, Score]) -> float | None:
 
 def _explain(paths: list[str], wanted: Wanted, as_json: bool) -> int:
   """Prints the VTSS of files with what moved it, most harmful first."""
-  model = vtss.load(wanted.model or vtss.FAST)
-  scorers = measure.judged_by(measure.chosen(wanted.words), wanted.model or vtss.FAST)
+  model = vtss.load(wanted.model or vtss.SHIPPED)
+  scorers = measure.judged_by(measure.chosen(wanted.words), wanted.model or vtss.SHIPPED)
   answers: list[dict[str, Any]] = []
   failed = 0
   for path in paths:
