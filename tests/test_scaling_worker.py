@@ -90,9 +90,8 @@ def test_every_run_has_one_start_one_end_and_a_whole_record(done: pathlib.Path) 
     assert found["loss"] == trained["val_loss"] and found["stderr"] == trained["val_stderr"] > 0
     assert (found["lr"], found["seed"], found["batch_tokens"]) == (run.config.optimizer.lr, run.config.seed, 32)
     assert found["context"] == 8 and found["flop_rule"] == "exact" and found["arms"] == list(run.arms)
-    assert {"schedule", "ema_decay", "table_id", "wall_s", "device", "commit", "code", "recipe", "versions"} <= set(
-      found
-    )
+    told = "schedule ema_decay table_id wall_s cpu_s device commit code recipe versions"
+    assert set(told.split()) <= set(found) and found["cpu_s"] > 0
   assert len({found["table_id"] for found in _records(done)}) == 1, "another seed is validated on the same rows"
   assert len(record.code()) == 12
 

@@ -124,17 +124,18 @@ def order(runs: list[sweep.Run], states: dict, program: str) -> list[sweep.Run]:
 
 def train(ledger: Ledger, run: sweep.Run, stop: "_Termination") -> bool:
   """Trains a run that was claimed, and records how it ended; False where SIGTERM ended it."""
-  folder = ledger.workdir(run.id)
+  folder, begun = ledger.workdir(run.id), time.process_time()
+  used = lambda: {"cpu_s": round(time.process_time() - begun, 1)}  # with compiling; of this process alone
   with _beating(ledger, run.id):
     try:
       with stop.at_once():
         summary = loop.run(run.config, folder)
       if not summary.finished:
         stop.asked.set()  # the loop's own handler took the signal, and saved
-      ledger.end(run.id, "finished" if summary.finished else "stopped", record.of(run, folder))
+      ledger.end(run.id, "finished" if summary.finished else "stopped", record.of(run, folder) | used())
       return summary.finished
     except loop.DivergenceError as error:
-      ledger.end(run.id, "diverged", record.of(run, folder) | {"reason": str(error)})
+      ledger.end(run.id, "diverged", record.of(run, folder) | used() | {"reason": str(error)})
     except (NoRoom, LeaseLost):
       raise
     except Stopped:
