@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-from agreement import Fixture, cosine, relative_error, seconds
+from agreement import Fixture, cosine, relative_error, times
 
 
 def _numpy(model: Any) -> dict[str, np.ndarray]:
@@ -14,8 +14,9 @@ def _numpy(model: Any) -> dict[str, np.ndarray]:
 
 
 def _facts(model: Any) -> dict[str, Any]:
-  """config.json of a diffusers model, without the version of the library."""
-  return {name: value for name, value in model.config.items() if not name.startswith("_")}
+  """config.json of a model, without the version of its library."""
+  config = model.config if isinstance(model.config, dict) else model.config.to_dict()
+  return {name: value for name, value in config.items() if name[0] != "_" and name != "transformers_version"}
 
 
 def _random(model: Any, seed: int) -> Any:
@@ -69,8 +70,7 @@ def _row(
   """A row from (ours, theirs) pairs in float32, (bfloat16, theirs) pairs, and the two timed calls."""
   return {
     "part": part, "reference": reference, "max_rel_error": max(relative_error(*pair) for pair in pairs),
-    "cosine_bf16": min(cosine(*pair) for pair in low), "note": note, "seconds": seconds(ours),
-    "reference_seconds": seconds(theirs), **more,
+    "cosine_bf16": min(cosine(*pair) for pair in low), "note": note, **times(ours, theirs), **more,
   }  # fmt: skip
 
 
@@ -457,13 +457,13 @@ def umt5() -> dict:
 def t5_fixture() -> Fixture:
   model = _t5("t5", 32, 2, 24, 48, 2, 40, 7)
   inputs = _tokens(40, (11, 1, 150))
-  return Fixture(model.config.to_dict(), _numpy(model), inputs, {"text": _text_reference(model, inputs)})
+  return Fixture(_facts(model), _numpy(model), inputs, {"text": _text_reference(model, inputs)})
 
 
 def umt5_fixture() -> Fixture:
   model = _t5("umt5", 32, 2, 24, 48, 2, 40, 8)
   inputs = _tokens(40, (11, 1, 150))
-  return Fixture(model.config.to_dict(), _numpy(model), inputs, {"text": _text_reference(model, inputs)})
+  return Fixture(_facts(model), _numpy(model), inputs, {"text": _text_reference(model, inputs)})
 
 
 def _clip(width: int, heads: int, layers: int, vocabulary: int, activation: str, seed: int) -> Any:
@@ -524,7 +524,7 @@ def clip_text_fixture() -> Fixture:
   model = _clip(32, 2, 2, 40, "quick_gelu", 11)
   inputs = _clip_inputs(40, (9, 2, 20))
   text, pooled = _clip_reference(model, inputs)
-  return Fixture(model.config.to_dict(), _numpy(model), inputs, {"text": text, "pooled": pooled})
+  return Fixture(_facts(model), _numpy(model), inputs, {"text": text, "pooled": pooled})
 
 
 # ---- Stable Diffusion's VAE ------------------------------------------------------------------------------------------
