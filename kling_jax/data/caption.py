@@ -27,7 +27,7 @@ class Caption:
   Attributes:
     subject, action, environment, visual, camera, world: Koala-36M's six parts (section 4.2); empty where unsaid.
     text: the caption as one paragraph; `merge` of the parts where it is not given.
-    captioner: who wrote it: server, facts, sidecar, or "" where it is not known.
+    captioner: who wrote it: server, local, facts, sidecar, or "" where it is not known.
     model: that captioner's model or version. prompt: digest of what it was asked.
   """
 
