@@ -9,7 +9,7 @@ import pytest
 
 from kling_jax.data import memory_world, memory_world_frames
 from kling_jax.data.memory_world import Action, Room, State, Thing
-from kling_jax.data.memory_world_frames import MemorySource, render, truth, walk_frames
+from kling_jax.data.memory_world_frames import MemoryWorld, render, truth, walk_frames
 from kling_jax.data.named import COLOURS
 from kling_jax.data.open import open_source
 from kling_jax.data.source import ClipSource
@@ -209,7 +209,7 @@ def test_true_motion_of_a_pan_and_of_a_move_are_closed_forms():
 
 def test_is_a_picklable_clip_source_of_walks():
   source = open_source("worlds:memory-v1?count=3&seed=2&clips=5")
-  assert isinstance(source, MemorySource) and isinstance(source, ClipSource) and len(source) == 15
+  assert isinstance(source, MemoryWorld) and isinstance(source, ClipSource) and len(source) == 15
   infos = [source.info(index) for index in range(15)]
   assert [info.index for info in infos[:6]] == [0, 1, 2, 3, 4, 0]
   assert len({info.video_id for info in infos}) == 3 and len({info.clip_id for info in infos}) == 15
@@ -217,7 +217,7 @@ def test_is_a_picklable_clip_source_of_walks():
   assert infos[7].caption.endswith(f"; {source.dynamics(7)}")
   again = pickle.loads(pickle.dumps(source))
   np.testing.assert_array_equal(again.frames(7, np.array([0.5]), 16, 16), source.frames(7, np.array([0.5]), 16, 16))
-  assert again.fingerprint == source.fingerprint != MemorySource(3, 2, 6).fingerprint
+  assert again.fingerprint == source.fingerprint != MemoryWorld(3, 2, 6).fingerprint
   with pytest.raises(IndexError):
     source.info(15)
 

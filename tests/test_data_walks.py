@@ -8,7 +8,7 @@ import pytest
 
 from kling_jax.data import cut, decode, dense_captions, encode, record, records
 from kling_jax.data.dense_captions import DenseCaptions, Sentence
-from kling_jax.data.memory_world_frames import MemorySource, walk_frames
+from kling_jax.data.memory_world_frames import MemoryWorld, walk_frames
 from kling_jax.data.mixture import Mixture
 from kling_jax.data.open import open_source
 from kling_jax.data.tokens import ByteTokenizer
@@ -20,7 +20,7 @@ FILM = dict(clips=2, frames=4, height=16, width=16, fps=4.0, batch=1)
 
 
 def memory(**changes) -> Walks:
-  return Walks(Mixture((MemorySource(count=12, seed=1, clips=9),)), **(MEMORY | changes))
+  return Walks(Mixture((MemoryWorld(count=12, seed=1, clips=9),)), **(MEMORY | changes))
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +50,14 @@ def test_a_row_is_a_stretch_of_the_world():
   assert tuple(row.determined_O) == story.determined[first : first + 4]
   assert len(row.truth) == 4 and row.truth[0].xy_TNC.shape == (3, 4, 2)
   assert tuple(row.fps_O) == (3.0,) * 4
+
+
+def test_a_memory_in_front_of_the_world_changes_nothing():
+  spec = "worlds:memory-v1?count=12&seed=1&clips=9"
+  kept = Walks(Mixture.open([spec], memory_gib=0.01), **MEMORY, dynamics_tokenizer=ByteTokenizer(24))
+  plain = Walks(Mixture.open([spec]), **MEMORY, dynamics_tokenizer=ByteTokenizer(24))
+  for name, array in plain[3].items():
+    np.testing.assert_array_equal(array, kept[3][name])
 
 
 def test_rows_begin_where_nothing_is_away():
@@ -93,7 +101,7 @@ def test_every_video_comes_once_an_epoch():
 
 
 def test_weights_choose_the_source():
-  sources = (MemorySource(count=5, seed=1, clips=6), MemorySource(count=5, seed=2, clips=6))
+  sources = (MemoryWorld(count=5, seed=1, clips=6), MemoryWorld(count=5, seed=2, clips=6))
   walks = Walks(Mixture(sources, weights=(3.0, 1.0)), **MEMORY)
   first = sum(walks.at(place)[0].startswith("0/") for place in range(64))
   assert first == 48

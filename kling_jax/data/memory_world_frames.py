@@ -170,7 +170,7 @@ def walk_frames(walk: Story, times_s: np.ndarray, height: int, width: int) -> np
 
 
 @dataclasses.dataclass(frozen=True)
-class MemorySource:
+class MemoryWorld:
   """A `ClipSource` of `count` walks of `clips` clips each; clip n is clip n % clips of walk n // clips.
 
   A clip's caption is what its first picture shows and what happens; its video is its walk.

@@ -103,4 +103,4 @@ def _world(rest: str, options: dict[str, typing.Any]) -> ClipSource:
     if not (value.isascii() and value.isdigit()):
       raise errors.UsageError(f"worlds:{rest}: {key} is {value!r}; give a whole number")
     options[key] = int(value)
-  return memory_world_frames.MemorySource(**options) if walks else worlds.WorldSource(name, **options)
+  return memory_world_frames.MemoryWorld(**options) if walks else worlds.WorldSource(name, **options)

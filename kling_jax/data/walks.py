@@ -17,11 +17,11 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
+from kling_jax.data import memory, order
 from kling_jax.data import mixture as mixture_lib
-from kling_jax.data import order
 from kling_jax.data.dense_captions import DenseCaptions, named
 from kling_jax.data.mixture import Mixture
-from kling_jax.data.source import ClipInfo
+from kling_jax.data.source import ClipInfo, ClipSource
 from kling_jax.data.stream import FAILURES_IN_A_ROW, Batch, StepBatches
 from kling_jax.errors import ConfigError, DataError, nearest
 
@@ -33,7 +33,7 @@ SLACK_S = 0.1  # less than this between two clips is no gap
 
 @typing.runtime_checkable
 class Scripted(typing.Protocol):
-  """What a source of made-up walks knows beyond a `ClipSource`; see `memory_world_frames.MemorySource`."""
+  """What a source of made-up walks knows beyond a `ClipSource`; see `memory_world_frames.MemoryWorld`."""
 
   def dynamics(self, index: int) -> str: ...
 
@@ -226,19 +226,19 @@ class Walks(StepBatches):
     frames, truths, determined = [], [], []
     for piece in pieces:
       source, index = self.sources.find(piece.clip)
-      world = self.sources.sources[source]
+      world = _script(self.sources.sources[source])
       times_s = self._times(piece)
       frames.append(self.sources.frames(piece.clip, times_s, self.height, self.width))
-      if isinstance(world, Scripted):
+      if world is not None:
         truths.append(world.truth(index, times_s, self.height, self.width))
         determined.append(world.determined(index))
     start = pieces[0]
     source, index = self.sources.find(start.clip)
-    world = self.sources.sources[source]
+    world = _script(self.sources.sources[source])
     return Row(
       frames_OTHWC=np.stack(frames),
       image_HWC=self.sources.frames(start.clip, np.array([start.start_s]), self.height, self.width)[0],
-      prompt=world.scene(index) if isinstance(world, Scripted) else start.dynamics,
+      prompt=world.scene(index) if world is not None else start.dynamics,
       dynamics=tuple(piece.dynamics for piece in pieces),
       cut_O=np.array([piece.cut and k > 0 for k, piece in enumerate(pieces)]),
       fps_O=np.array([self.frames / piece.length_s for piece in pieces], np.float32),
@@ -320,6 +320,12 @@ class Walks(StepBatches):
     return table
 
 
+def _script(source: ClipSource) -> Scripted | None:
+  """What a source of made-up walks knows, also behind a memory; None for all others."""
+  inner = source.source if isinstance(source, memory.MemorySource) else source
+  return inner if isinstance(inner, Scripted) else None
+
+
 def _starts(pieces: Sequence[Piece], clips: int) -> list[int]:
   """Pieces with which a row of `clips` may begin."""
   return [k for k in range(len(pieces) - clips + 1) if pieces[k].fresh]
@@ -355,8 +361,8 @@ def _pieces(
   goes_on: int | None = None  # the index that the next clip has if nothing is missing between
   for index, number, info in clips:
     source, within = sources.find(number)
-    world = sources.sources[source]
-    if isinstance(world, Scripted):
+    world = _script(sources.sources[source])
+    if world is not None:
       if abs(info.duration_s - length_s) > 1e-6:
         raise ConfigError(
           f"clips of {info.video_id} last {info.duration_s:g} s, not {length_s:g}: set fps to "
