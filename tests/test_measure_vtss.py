@@ -284,6 +284,18 @@ def test_why_names_what_moved_the_score(films):
   assert rows["noise"] == pytest.approx(vtss_of(given["features"]) - vtss_of(changed))
 
 
+def test_the_command_tells_why(films, tmp_path, capsys):
+  for index, film in enumerate(films[:2]):
+    (tmp_path / f"{index}.mp4").write_bytes(film)
+  assert score_command.command([str(tmp_path)], why=True) == 0
+  shown = capsys.readouterr().out.splitlines()
+  assert sum("  vtss " in line for line in shown) == 2 and any(line.startswith("  -") for line in shown)
+  (tmp_path / "broken.mp4").write_bytes(b"no video")
+  assert score_command.command([str(tmp_path)], why=True, as_json=True) == 1
+  answer = json.loads(capsys.readouterr().out)
+  assert len(answer) == 2 and {row["name"] for row in answer[0]["why"]} == set(vtss.FEATURES)
+
+
 @pytest.mark.drill
 def test_why_names_branches(network, films):
   scorers = measure.judged_by(measure.SCORERS, str(network.folder))

@@ -200,9 +200,8 @@ def _explain(paths: list[str], wanted: Wanted, as_json: bool) -> int:
     print(f"{answer['clip']}  vtss {answer['vtss']:.2f}")
     for row in answer["why"]:
       if abs(row["effect"]) >= 0.05:
-        print(
-          f"  {row['effect']:+.2f}  {row['name']}{'' if math.isnan(row['value']) else format(row['value'], '  .4g')}"
-        )
+        value = "" if math.isnan(row["value"]) else f"  {row['value']:.4g}"
+        print(f"  {row['effect']:+.2f}  {row['name']}{value}")
   return 1 if failed else 0
 
 
