@@ -258,14 +258,13 @@ class Walks(StepBatches):
 
   def _readable(self, video: str, first: int, failures: list[tuple[str, str]]) -> Row:
     """The row, or where it cannot be decoded the first one of the next video; the same for every run and process."""
-    place = self._names.index(video)
     tries = min(FAILURES_IN_A_ROW, len(self._names))
-    for ahead in range(1, tries + 1):
+    for _ in range(tries):
       try:
         return self.row(video, first)
       except DataError as error:
         failures.append((self.sources.info(self.videos[video][first].clip).clip_id, str(error)))
-        video = self._names[(place + ahead) % len(self._names)]
+        video = self._names[(self._names.index(video) + 1) % len(self._names)]
         first = _starts(self.videos[video], self.clips)[0]
     raise DataError(
       f"{tries} videos that follow each other cannot be decoded, the last one: {failures[-1][1]}; check the set with "
