@@ -121,6 +121,33 @@ def test_out_and_in_again_is_exact(imported, naming, tmp_path, capsys):
   assert config_lib.plain(configs[0]) == config_lib.plain(configs[1])
 
 
+def test_a_vae_of_ours_goes_out_in_both_namings(tmp_path):
+  config = config_lib.load("vae:runlocal")
+  job = task.make(config)
+  params = drawn(lambda: job.init(nnx.Rngs(0)), 5)
+  convert._write_workdir(tmp_path / "work", config, params, job, 7, {})
+  for naming in convert.NAMINGS:
+    told = convert.export(str(tmp_path / "work"), str(tmp_path / naming), naming=naming)
+    assert told["kind"] == "video_vae" and told["step"] == 7
+    back, report = warm_start.load(tmp_path / naming, job.shapes, ())
+    assert_same(back, params)
+    assert report["kind"] == "video_vae"
+
+
+def test_a_damaged_export_is_refused(imported, tmp_path):
+  convert.export(str(imported), str(tmp_path / "out"))
+  path = tmp_path / "out" / convert.MODEL
+  facts = json.loads(path.read_text())
+  for change, match in (
+    ({"parts": {"..": "dit."}}, "names the part"), ({"parts": {"dit": "dit."}}, "lacks .* parameters"),
+    ({"config": []}, "is damaged"), ({"step": "x"}, "is damaged"),
+  ):  # fmt: skip
+    path.write_text(json.dumps(facts | change))
+    with pytest.raises(WeightsError, match=match):
+      convert.import_(str(tmp_path / "out"), str(tmp_path / "back"))
+    assert not (tmp_path / "back").exists()
+
+
 @pytest.mark.parametrize("dtype", ["keep", "bfloat16"])
 def test_one_model_becomes_a_folder_under_our_names(pipeline, dtype, tmp_path):
   done = convert.import_(str(pipeline[0] / "transformer"), str(tmp_path / "dit"), dtype=dtype)

@@ -24,9 +24,10 @@ from kling_jax.train.checkpoint import Checkpoints
 NAMINGS = ("kling_jax", "diffusers")
 MODEL = "kling_jax.json"  # of an exported model: what a work directory knows beside the weights
 LORA = "lora.safetensors"  # adapters of a run that trained some, ready for `kling sample --lora` or diffusers
-REST = "rest"  # parameters that diffusers has no place for
+REST = "rest"  # parameters of neither part, or that diffusers has no place for
 # Subfolders of a pipeline: in diffusers' layout and in ours.
 TRANSFORMER, VAE, TEXT = ("transformer", "dit"), ("vae",), ("text_encoder", "text")
+PARTS = (*TRANSFORMER, *VAE, REST)  # of an export
 
 
 # ---- in --------------------------------------------------------------------------------------------------------------
@@ -159,8 +160,8 @@ def _import_export(folder: pathlib.Path, target: pathlib.Path) -> dict[str, Any]
   params: Params = {}
   sources = {}
   for name, prefix in prefixes.items():
-    if pathlib.PurePath(name).name != name:
-      raise WeightsError(f"{folder / MODEL} names the part {name!r}, which is no plain folder")
+    if name not in PARTS:
+      raise WeightsError(f"{folder / MODEL} names the part {name!r}; there are {', '.join(PARTS)}")
     part = folder / name
     found = None if name == REST else detect.recognise(part)
     wanted = {path.removeprefix(prefix): leaf for path, leaf in job.shapes.items() if path.startswith(prefix)}
@@ -200,9 +201,10 @@ def export(folder: str, out: str, *, naming: str = "kling_jax", step: int | None
 
   Args:
     folder: the work directory.
-    out: a new folder; of a video_dit it gets dit/ (or transformer/), vae/ where the codec is one, text/ where the text
-      encoder was trained along, and kling_jax.json; of a video_vae the VAE alone.
-    naming: kling_jax, or diffusers: Wan's names, with rest/ for what diffusers has no place for.
+    out: a new folder; of a video_dit it gets dit/ (or transformer/), vae/ where the codec is one, rest/ for what is
+      neither (null text, an encoder trained along), lora.safetensors of a run that trained adapters, and
+      kling_jax.json; of a video_vae the VAE alone.
+    naming: kling_jax, or diffusers: Wan's names; what they have no place for goes to rest/ as well.
     step: of the checkpoint; None for the newest.
 
   Raises:
