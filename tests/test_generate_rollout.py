@@ -3,6 +3,7 @@
 import json
 import pathlib
 
+import jax
 import numpy as np
 import pytest
 import test_train_tasks_owl
@@ -13,9 +14,10 @@ from kling_jax.data import decode, grid
 from kling_jax.errors import ConfigError, DataError, KlingError, UsageError, WeightsError
 from kling_jax.generate import rollout
 from kling_jax.generate.rollout import Model, Rollout, Settings, scenes
-from kling_jax.train import task
+from kling_jax.train import loop, metrics, task, workdir
 from kling_jax.train.checkpoint import Checkpoints
 
+ROOT = pathlib.Path(__file__).parents[1]
 PROMPT = "a red circle, in a pink room"
 
 
@@ -190,3 +192,50 @@ def test_checkpoints_of_other_stages_and_presets_are_refused(folder, tmp_path) -
   generate = Model(run_of("generate", stage="generate"))
   assert "never taught to write dynamics, and clip 1 has none" in refused(generate, 2, ["up"], None)
   generate.check(2, ["up", "down"], None)
+
+
+# ---- the whole road ------------------------------------------------------------------------------------------------
+
+
+def train(folder: pathlib.Path, c, steps: int) -> tuple[float, float]:
+  """Mean loss of the first and of the last five of `steps` steps."""
+  c.update_from_flattened_dict({"steps": steps, "log.every": 1, "checkpoint.every": 0, "validation.every": 0})
+  loop.run(c, folder)
+  losses = [row["loss"] for row in metrics.read(folder / "metrics.jsonl")]
+  return sum(losses[:5]) / 5, sum(losses[-5:]) / 5
+
+
+def weights_of(folder: pathlib.Path) -> dict[str, np.ndarray]:
+  """The weights of a work directory's newest checkpoint."""
+  job, checkpoints = task.make(workdir.read_config(folder)), Checkpoints(folder)
+  return jax.tree.map(np.asarray, checkpoints.restore_params(checkpoints.latest(), job.shapes))
+
+
+@pytest.mark.drill
+def test_from_a_base_video_dit_through_every_stage_to_a_rollout(tmp_path, monkeypatch) -> None:
+  monkeypatch.setattr(jax, "devices", lambda *_: [jax.local_devices()[0]])
+  world = ("worlds:memory-v1?count=8&seed=0",)
+  base = config_lib.load(f"{ROOT}/configs/video_dit.py:runlocal")
+  base.update_from_flattened_dict({
+    "data.sources": world, "data.buckets": ((5, 16, 16), (1, 16, 16)), "data.fps": 5.0, "model.size": "d32",
+    "model.conditions": (), "text.width": 32, "text.tokens": 160, "data.validation_fraction": 0.0,
+  })  # fmt: skip
+  train(tmp_path / "base", base, 12)
+  start = {f"video.{name}": value for name, value in weights_of(tmp_path / "base").items()}
+  before = {"video.weights": str(tmp_path / "base")}
+  for stage, steps in (("align", 20), ("generate", 20), ("world", 20), ("self_rollout", 8)):
+    c = test_train_tasks_owl.config(stage)
+    c.update_from_flattened_dict({**before, "data.sources": world, "text.tokens": 160, "data.batch": 4})
+    first, last = train(tmp_path / stage, c, steps)
+    assert last < (0.98 * first if steps > 10 else 1.2 * first), stage
+    before = {"init_from": str(tmp_path / stage)}
+    now = weights_of(tmp_path / stage)
+    for name, value in start.items():
+      frozen = stage == "align" or name.startswith("video.text.")
+      assert not frozen or np.array_equal(now[name], value), (stage, name)
+    moved = [name for name in start if not np.array_equal(now[name], start[name])]
+    assert bool(moved) == (stage != "align"), stage
+  report = json.loads((tmp_path / "align" / "init_report.json").read_text())
+  assert "dit.blocks.state_attn.out.kernel" in report[0]["missing"] and "text.table" in report[0]["loaded"]
+  done = rollout.run(str(tmp_path / "self_rollout"), PROMPT, str(tmp_path / "film"), length="2s", tell=lambda _: None)
+  assert len(done["clips"]) == 2 and decode.probe(tmp_path / "film" / "film.mp4").num_frames == 10

@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from owl_model import quick_jit
 
 from kling_jax.world import objectives
 from kling_jax.world.sequence import Walk
@@ -14,7 +15,7 @@ draw = np.random.default_rng(0)
 def test_pooled_text_is_the_mean_of_its_parts(slots) -> None:
   text, counts = draw.standard_normal((3, 6, 2)).astype(np.float32), (6, 4, 2)
   mask = np.arange(6) < np.array(counts)[:, None]
-  found = np.asarray(objectives.pooled(jnp.asarray(text), jnp.asarray(mask), slots))
+  found = np.asarray(quick_jit(lambda *given: objectives.pooled(*given, slots))(text, mask))
   for row, count in enumerate(counts):
     for q in range(slots):
       part = [n for n in range(count) if (n + 1) * slots > q * count and n * slots < (q + 1) * count]
@@ -25,13 +26,13 @@ def test_aligned_states_have_no_loss_and_padding_does_not_count() -> None:
   text = draw.standard_normal((2, 4, 3)).astype(np.float32)
   mask = np.array([[True, True, False, False], [True] * 4])
   state = np.where(mask[..., None], text, 9.0).astype(np.float32)
-  loss, cosine = objectives.align(jnp.asarray(state), jnp.asarray(text), jnp.asarray(mask))
+  loss, cosine = quick_jit(objectives.align)(jnp.asarray(state), jnp.asarray(text), jnp.asarray(mask))
   np.testing.assert_allclose(loss, 0, atol=1e-6)
   np.testing.assert_allclose(cosine, 1, atol=1e-5)
-  loss, _ = objectives.align(jnp.asarray(state + 2), jnp.asarray(text), jnp.asarray(mask))
+  loss, _ = quick_jit(objectives.align)(jnp.asarray(state + 2), jnp.asarray(text), jnp.asarray(mask))
   np.testing.assert_allclose(loss, 4, rtol=1e-5)
-  pooled = objectives.pooled(jnp.asarray(text), jnp.asarray(mask), 2)
-  loss, _ = objectives.align(pooled - 1, jnp.asarray(text), jnp.asarray(mask))
+  pooled = quick_jit(lambda *given: objectives.pooled(*given, 2))(text, mask)
+  loss, _ = quick_jit(objectives.align)(pooled - 1, jnp.asarray(text), jnp.asarray(mask))
   np.testing.assert_allclose(loss, 1, rtol=1e-5)
 
 
@@ -41,7 +42,7 @@ def test_next_token_loss_counts_tokens_and_closing_marks_alone() -> None:
   walk = Walk(None, None, None, jnp.asarray(tokens), jnp.asarray(mask), None)
   logits = draw.standard_normal((1, 2, 3, 7)).astype(np.float32)
   logits[0, 1, 0, 4] = 20.0
-  loss, right = objectives.next_token(jnp.asarray(logits), walk)
+  loss, right = quick_jit(objectives.next_token)(logits, walk)
   log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
   places = [(0, 0, 5), (0, 1, 2), (1, 0, 4), (1, 1, 6), (1, 2, 2)]
   np.testing.assert_allclose(loss[0], -np.mean([log_p[0, o, n, token] for o, n, token in places]), rtol=1e-5)

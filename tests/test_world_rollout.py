@@ -18,7 +18,7 @@ from kling_jax.errors import ConfigError
 from kling_jax.nn import params as params_lib
 from kling_jax.nn import rng
 from kling_jax.world import film, sequence
-from kling_jax.world.rollout import Writer, fork
+from kling_jax.world.rollout import Clip, Writer, fork
 
 CLIPS = 20
 
@@ -95,6 +95,37 @@ def test_logits_token_by_token_are_those_of_training(rollout, whole) -> None:
         )  # fmt: skip
 
 
+def test_queries_that_see_one_another_are_cached_alike() -> None:
+  """The language model alone, on pictures of noise, beyond the window."""
+  world = owl_model.world(layout=dataclasses.replace(LAYOUT, mutual=True))
+  frames = np.random.default_rng(4).integers(0, 256, (6, ROWS, owl_model.FRAMES, 16, 16, 3), np.uint8)
+  state = quick_jit(world.begin)(
+    owl_model.weights(), owl_model.IMAGE, *owl_model.PROMPTS, owl_model.FPS, owl_model.KEYS
+  )
+
+  @quick_jit
+  def clip(weights, state, asked, frames):
+    model = params_lib.merge(world.graph, weights)
+    cache = world.policy.make_room(world.layout, state.cache, state.clip)
+    tokens, mask, states, cache = world.think(model, cache, state, asked)
+    cache = world.look(model, cache, state.clip, frames)
+    after = dataclasses.replace(state, cache=cache, clip=state.clip + 1)
+    return Clip(frames, tokens, mask, states), after
+
+  clips = []
+  for shown in frames:
+    made, state = clip(owl_model.weights(), state, action(["up", "go on"]), shown)
+    clips.append(made)
+
+  @quick_jit
+  def whole(weights, walk):
+    model = params_lib.merge(world.graph, weights)
+    return sequence.read(model, world.layout, POLICY, walk, dtype=jnp.float32, logits=False).state_BOQD
+
+  cached = np.stack([made.state_BQD for made in clips], 1)
+  np.testing.assert_allclose(cached, whole(owl_model.weights(), owl_model.walk_of(clips)), atol=1e-5)
+
+
 def test_any_number_of_clips_is_one_program_and_one_size_of_memory(roller, rollout) -> None:
   assert roller.step._cache_size() == 1
   shapes = [jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), state) for state in rollout[1]]
@@ -164,15 +195,9 @@ def test_rows_do_not_know_of_one_another(roller, rollout) -> None:
 # ---- filming -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-  "guidance",
-  [
-    Guidance(),
-    Guidance(text=2, scores=2, image=2.5, history="fractional", level=0.4),
-  ],
-)
-def test_the_context_cache_and_stacked_branches_change_nothing(guidance) -> None:
+def test_the_context_cache_and_stacked_branches_change_nothing() -> None:
   """Against the sampler around plain calls: the context beside the clip, one branch after the other."""
+  guidance = Guidance(text=2, scores=2, image=2.5, history="fractional", level=0.4)
   camera = dataclasses.replace(CAMERA, guidance=guidance)
   draw = np.random.default_rng(1)
   normal = lambda *shape: jnp.asarray(draw.standard_normal((ROWS, *shape)), jnp.float32)
