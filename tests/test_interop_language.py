@@ -138,6 +138,18 @@ def test_what_would_compute_something_else_is_refused(references, part, changes,
     (reference.folder / "config.json").write_text(json.dumps(reference.config))
 
 
+def test_a_folder_of_shards_is_the_same_model(references, tmp_path):
+  reference = references["qwen3"]
+  _, _, whole = load(reference.folder)
+  (tmp_path / "config.json").write_text(json.dumps(reference.config))
+  assert len(weights.write(tmp_path, reference.weights, shard_bytes=10_000)) > 3
+  _, _, parts = load(tmp_path)
+  assert all(np.array_equal(parts[name], whole[name]) for name in whole) and len(parts) == len(whole)
+  (tmp_path / "config.json").unlink()
+  with pytest.raises(WeightsError, match="model_type=None"):
+    detect.recognise(tmp_path)
+
+
 def test_codes_are_numbered_as_their_tokens_are():
   order = chameleon.code_order({"vocabulary_map": {"IMGIMGCZ": 7, "IMGIMGAZ": 8, "IMGIMGBZ": 9, "x": 1}}, 3)
   assert order.tolist() == [7, 2, 0, 1]
