@@ -323,7 +323,7 @@ def test_models_that_do_not_fit_are_refused(network, tmp_path):
     vtss.Model(tmp_path)
 
 
-def test_a_set_gets_vtss_whatever_the_workers_and_keeps_that_of_others(films, tmp_path):
+def test_a_set_gets_the_same_vtss_whatever_the_workers(films, tmp_path):
   answers = []
   for workers in (1, 2):
     folder = tmp_path / f"set{workers}"
@@ -331,14 +331,28 @@ def test_a_set_gets_vtss_whatever_the_workers_and_keeps_that_of_others(films, tm
       for index, film in enumerate(films):
         clip = ClipRecord(
           clip_id=f"{index:032x}", video_id="v", source="x", start_pts=0, end_pts=12, time_base="1/12", fps=12.0,
-          width=96, height=64, num_frames=12, vtss=4.25 if index == 0 else None,
+          width=96, height=64, num_frames=12,
         )  # fmt: skip
         writer.write(clip, film)
     assert score_command.command([str(folder)], workers=workers) == 0
     clips = [clip for clip, _ in records.read_all(folder)]
-    assert clips[0].vtss == 4.25 and "vtss" not in clips[0].scores
-    assert all(clip.vtss == clip.scores["vtss"].value for clip in clips[1:])
+    assert all(clip.vtss == clip.scores["vtss"].value for clip in clips)
     answers.append([clip.scores for clip in clips])
   assert answers[0] == answers[1]
-  command = score_command.command([str(folder)], wanted=score_command.Wanted(("vtss",), model=vtss.SHIPPED), workers=1)
-  assert command == 0 and next(records.read_all(folder))[0].vtss != 4.25  # asked for by name
+
+
+def test_vtss_of_a_released_table_stays_until_a_model_is_named(films, tmp_path):
+  folder = tmp_path / "set"
+  with records.RecordWriter(folder, "test") as writer:
+    for index in range(2):
+      clip = ClipRecord(
+        clip_id=f"{index:032x}", video_id="v", source="x", start_pts=0, end_pts=12, time_base="1/12", fps=12.0,
+        width=96, height=64, num_frames=12, vtss=4.25 if index == 0 else None,
+      )  # fmt: skip
+      writer.write(clip, films[index])
+  held = lambda: [clip for clip, _ in records.read_all(folder)]
+  assert score_command.command([str(folder)], workers=1) == 0
+  assert [clip.vtss for clip in held()] == [4.25, None] and "motion" in held()[1].scores
+  wanted = score_command.Wanted(("vtss",), model=vtss.SHIPPED)
+  assert score_command.command([str(folder)], wanted=wanted, workers=1) == 0
+  assert all(clip.vtss == clip.scores["vtss"].value != 4.25 for clip in held())

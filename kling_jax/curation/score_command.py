@@ -39,7 +39,7 @@ class Wanted:
     words: see `measure.chosen`.
     aesthetic: safetensors of CLIP's image tower and LAION's head, or none for the classical stand-in.
     model: suitability model (`measure.vtss.load`) whose VTSS every clip gets; none: the shipped one of sub-metrics, for
-      clips that have no VTSS from elsewhere.
+      sets without VTSS from elsewhere.
   """
 
   words: tuple[str, ...] = ("default",)
@@ -220,12 +220,14 @@ def _score_set(top: pathlib.Path, wanted: Wanted, workers: int | None) -> tuple[
     clips = [index.clip(row) for row in range(len(index.table))]
     places = index.table.select(["shard", "position"]).to_pylist()
     done = _read_journal(journal)
+    # VTSS of a table that somebody else made: a set must not mix two kinds, so the shipped model stands back.
+    foreign = any(clip.vtss is not None and "vtss" not in clip.scores for clip in clips)
     fresh = {clip.clip_id: clip.scores for clip in (_with(clip, done.get(clip.clip_id, []), scorers) for clip in clips)}
     jobs, ids = [], []
     for clip, place in zip(clips, places, strict=True):
       due = [scorer for scorer in scorers if not scorer.done(fresh[clip.clip_id])]
-      if not wanted.model and clip.vtss is not None and "vtss" not in clip.scores:
-        due = [scorer for scorer in due if scorer.conditions != ("vtss",)]  # somebody else's stands
+      if foreign and not wanted.model:
+        due = [scorer for scorer in due if scorer.conditions != ("vtss",)]
       missing = [scorer.key for scorer in due]
       # What was measured and is not defined left no score behind, but a line in the journal.
       missing = [key for key in missing if not any(key in entry["keys"] for entry in done.get(clip.clip_id, []))]

@@ -171,8 +171,8 @@ def _curate(
       with _timed(timings, "measure"):
         scores = measure.score_media(part.media, _scorers(recipe.scorers, recipe.model), clip_id=clip_id)
       told = spans[index] if spans else None
-      if told is not None and told.vtss is not None and recipe.model is None:
-        scores.pop("vtss", None)  # the table's stands
+      if recipe.method == inputs.TABLE and recipe.model is None:
+        scores.pop("vtss", None)  # the table's stand; a set must not mix two kinds
       vtss = scores["vtss"].value if "vtss" in scores else told.vtss if told is not None else None
       span = video.seconds(piece.start), video.seconds(piece.end)
       clip = ClipRecord(
