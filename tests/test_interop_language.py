@@ -150,6 +150,16 @@ def test_a_folder_of_shards_is_the_same_model(references, tmp_path):
     detect.recognise(tmp_path)
 
 
+@pytest.mark.parametrize("part", ["llama", "chameleon", "qwen3_vl"])
+def test_under_our_own_names_it_is_the_same_model(references, part, tmp_path):
+  found, graph, params = load(references[part].folder)
+  weights.write(tmp_path, params)
+  (tmp_path / "config.json").write_text(json.dumps(detect.own_json(found.kind, found.config, {})))
+  again, same, read = load(tmp_path)
+  assert (again.kind, again.config, same) == (found.kind, found.config, graph)
+  assert all(np.array_equal(read[name], params[name]) for name in params) and len(read) == len(params)
+
+
 def test_codes_are_numbered_as_their_tokens_are():
   order = chameleon.code_order({"vocabulary_map": {"IMGIMGCZ": 7, "IMGIMGAZ": 8, "IMGIMGBZ": 9, "x": 1}}, 3)
   assert order.tolist() == [7, 2, 0, 1]

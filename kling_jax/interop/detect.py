@@ -5,6 +5,7 @@ import fnmatch
 import json
 import os
 import pathlib
+import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -16,12 +17,12 @@ from kling_jax.errors import ConfigError, WeightsError
 from kling_jax.interop import chameleon, clip_text, llama, qwen3_vl, sd_vae, t5, wan_dit, wan_vae
 from kling_jax.interop.names import Entries, prefixed, recipes
 from kling_jax.interop.safetensors import Built, Stacked, Tensors
-from kling_jax.models.chameleon import Chameleon
+from kling_jax.models.chameleon import Chameleon, ChameleonConfig
 from kling_jax.models.clip_text import ClipTextConfig, ClipTextEncoder
 from kling_jax.models.image_vae import ImageVAE, ImageVAEConfig
 from kling_jax.models.language_model import LanguageModel
 from kling_jax.models.language_model import Shape as LanguageShape
-from kling_jax.models.qwen_vl import QwenVL
+from kling_jax.models.qwen_vl import QwenVL, QwenVLConfig
 from kling_jax.models.t5 import T5Config, T5Encoder
 from kling_jax.models.video_dit import VideoDiT, VideoDiTConfig
 from kling_jax.models.video_vae import VideoVAE, VideoVAEConfig
@@ -39,6 +40,8 @@ CLASSES: dict[str, tuple[type, Callable[..., nnx.Module]]] = {
   "t5": (T5Config, T5Encoder),
   "clip_text": (ClipTextConfig, ClipTextEncoder),
   "language_model": (LanguageShape, LanguageModel),
+  "chameleon": (ChameleonConfig, Chameleon),
+  "qwen_vl": (QwenVLConfig, QwenVL),
 }
 
 
@@ -235,9 +238,17 @@ def _of_ours(tensors: Tensors, facts: dict[str, Any], own: Any) -> Foreign:
     raise ValueError(f"{OWN!r} in config.json names no kind of weights; there are {', '.join(CLASSES)}")
   kind = own["kind"]
   shape, init = CLASSES[kind]
-  values = {name: tuple(value) if isinstance(value, list) else value for name, value in own["config"].items()}
-  config = shape(**values)
+  config = _rebuilt(shape, own["config"])
   identity: dict[str, Recipe] = {name: name for name in tensors}
   absent = wan_dit.OURS if kind == "video_dit" else ()
   ours = tuple(pattern for pattern in absent if not any(fnmatch.fnmatchcase(name, pattern) for name in tensors))
   return Foreign(kind, OWN, config, lambda: init(config, rngs=nnx.Rngs(0)), identity, [], ours, tensors, facts)
+
+
+def _rebuilt(shape: Any, values: Mapping[str, Any]) -> Any:
+  """A config from what `dataclasses.asdict` and JSON made of it: lists were tuples, objects were configs."""
+  kinds = typing.get_type_hints(shape)
+  read = lambda name, value: (
+    tuple(value) if isinstance(value, list) else _rebuilt(kinds[name], value) if isinstance(value, dict) else value
+  )
+  return shape(**{name: read(name, value) for name, value in values.items()})
