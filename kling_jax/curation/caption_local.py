@@ -18,7 +18,7 @@ from kling_jax.data.source import ClipSource
 from kling_jax.data.tokens import ByteTokenizer
 from kling_jax.errors import WeightsError
 from kling_jax.interop import safetensors
-from kling_jax.models.captioner import Captioner, Shape
+from kling_jax.models.captioner import Captioner, Shape, pixels
 from kling_jax.nn import params as params_lib
 
 NAME = "local"
@@ -74,7 +74,6 @@ class Local:
   def _write(self):
     @jax.jit
     def run(params, frames_BTHWC):
-      pixels = frames_BTHWC.astype(jnp.float32) / 127.5 - 1
-      return params_lib.merge(self._graph, params).write(pixels)
+      return params_lib.merge(self._graph, params).write(pixels(frames_BTHWC))
 
     return run

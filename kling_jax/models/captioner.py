@@ -79,6 +79,11 @@ class Shape:
     return cls(**facts)
 
 
+def pixels(frames: jax.Array) -> jax.Array:
+  """uint8 RGB as what the tower takes: float32 in [-1, 1]."""
+  return frames.astype(jnp.float32) / 127.5 - 1
+
+
 class Captioner(nnx.Module):
   """See the module's first lines."""
 

@@ -21,7 +21,7 @@ from kling_jax.data.tokens import ByteTokenizer
 from kling_jax.errors import ConfigError
 from kling_jax.interop import safetensors
 from kling_jax.models import language_model
-from kling_jax.models.captioner import PAD, Captioner, Shape
+from kling_jax.models.captioner import PAD, Captioner, Shape, pixels
 from kling_jax.nn import params as params_lib
 from kling_jax.nn.params import Params
 from kling_jax.train import sharding, warm_start, workdir
@@ -138,11 +138,6 @@ def _kept(batch: Batch) -> Batch:
 
 def _text(info: ClipInfo) -> str:
   return caption_lines.text_of(info.parts, info.caption)
-
-
-def pixels(frames: jax.Array) -> jax.Array:
-  """uint8 RGB as float32 in [-1, 1]."""
-  return frames.astype(jnp.float32) / 127.5 - 1
 
 
 def shape_of(config: ml_collections.ConfigDict) -> Shape:
