@@ -123,8 +123,11 @@ def suitability(top: pathlib.Path, limit: int, mosaics: int) -> None:
 
   warm = False
   for path in folder.find_videos(top):
-    info = decode.probe(path, decode=False) if pathlib.Path(path).suffix == ".mp4" else None
-    if info is None or not 2 < info.duration_s <= sample.WHOLE_S or len(taken["decode"]) == limit:
+    try:
+      info = decode.probe(path, decode=False)
+    except reasons.MediaError:
+      continue
+    if not 2 < info.duration_s <= sample.WHOLE_S or info.num_frames < 24 or len(taken["decode"]) == limit:
       continue
     seen = clock("decode", lambda path=path: sample.of_media(path, (plan, 0)))
     scores = clock("sub-metrics", lambda seen=seen: measure.measured(seen, measure.SCORERS[:-1]))

@@ -98,7 +98,7 @@ def test_clips_of_a_video_are_chained(curated):
 def test_conditions_are_fitted_on_the_kept_clips(curated):
   output, funnel = curated
   fitted = conditions.load(output / "conditions.json")
-  assert fitted.names == ("motion", "aesthetic", "clarity")
+  assert fitted.names == ("motion", "aesthetic", "clarity", "vtss")
   assert {condition.clips for condition in fitted.conditions} == {funnel.kept}
 
 
