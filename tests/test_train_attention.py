@@ -214,3 +214,22 @@ def test_what_does_not_divide_is_refused_with_the_legal_sizes():
     _shared(Mask(), _mesh(context=8), Choice("reference", "ring")).lower(*_draw())
   with pytest.raises(ConfigError, match="'attention.context' = 'ulises' is unknown; did you mean 'ulysses'"):
     Choice.of(ml_collections.ConfigDict({"attention": {"road": "auto", "context": "ulises", "splash_blocks": ()}}))
+
+
+@pytest.mark.parametrize("rows", [1, ROWS])
+def test_a_mask_of_pairs_is_cut_with_its_rows_and_not_over_tokens(rows):
+  """One for all rows, or one a row; it is refused where tokens lie on several devices."""
+  pairs_BNL = np.random.default_rng(1).random((rows, N, N)) < 0.3
+  mask, (q, k, v, _) = Mask(pairs_BNL=jnp.asarray(pairs_BNL)), _draw()
+
+  def run(q, k, v, mesh):
+    with partition.placing(lambda x, axes: x, attend(mesh, RULES, Choice())):
+      return attention(q, k, v, mask=mask, tokens=SELF)
+
+  scores = np.einsum("bnke,blke->bknl", q, k) / np.sqrt(SIZE)
+  p = np.where(pairs_BNL[:, None], np.exp(scores), 0)
+  expected = np.einsum("bknl,blke->bnke", p / np.maximum(p.sum(-1, keepdims=True), 1e-30), v)
+  cut = jax.jit(functools.partial(run, mesh=_mesh(fsdp=2, tensor=2)))
+  np.testing.assert_allclose(cut(q, k, v), expected, atol=1e-5)
+  with pytest.raises(MeshError, match="set context to 1"):
+    run(q, k, v, _mesh(context=2))
