@@ -13,10 +13,11 @@ paper argues against, with the constants that the same stage-1 runs give them:
   chinchilla  one learning rate and batch for every run: the ones that are best on average over stage 1
   deepseek    learning rate and batch as power laws of C alone
 
-The weights that are judged are averaged over the last ninth of a run's steps, whatever T: that keeps two seeds of a run
-within half a percent of one another, where an average over a fixed count of tokens left up to 2.4 %.
+The weights that are judged are averaged over the last ninth of a run's steps, whatever T, for less noise between seeds
+than an average over a fixed count of tokens leaves (docs/decisions.md).
 
-Expected: docs/results.md, "A sweep on two cores". Hardware: 2 cores, no accelerator.
+Expected: not run to its end yet. Hardware: 2 cores, no accelerator. In docs/results.md, "A sweep on two cores", stands
+an earlier design.
 
   kling sweep run shapes_tiny --workdir runs/shapes_tiny
   kling sweep status shapes_tiny --workdir runs/shapes_tiny --points points.csv
