@@ -22,7 +22,7 @@ class Options:
 
   Attributes:
     pairs: texts and seeds. seed: of the first. levels: of the raised score. scorers: words of `measure.chosen`.
-    settings: of the sampler. step: checkpoint; None: the newest.
+    settings: of the sampler. step: checkpoint of both; None: the newest ones.
   """
 
   pairs: int = 48
@@ -58,7 +58,7 @@ def run(workdir: str, baseline: str | None, out: str, options: Options = Options
   yardstick = control.Yardstick.of_clips(clips, fps, scorers)
   found = {_name(model, ()): _matrix(model, prompts, yardstick, options)}
   if baseline is not None:
-    other = sample.Model(baseline)
+    other = sample.Model(baseline, options.step)
     if other.percentiles.to_json() != model.percentiles.to_json() or other.size(options.settings) != model.size(
       options.settings
     ):

@@ -16,7 +16,7 @@ def _add_control(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("--levels", default="0,0.5,1", help="of the raised score, from its 1st (0) to its 99th (1) "
                       "percentile (default: 0,0.5,1)")  # fmt: skip
   parser.add_argument("--scorers", default="default", help="who measures: as of `kling score` (default: default)")
-  parser.add_argument("--step", type=int, help="checkpoint of --workdir (default: the newest)")
+  parser.add_argument("--step", type=int, help="checkpoint of both (default: the newest)")
   parser.add_argument("--steps", type=int, help="sampler steps")
   parser.add_argument("--guidance_scores", type=float, help="score scale; 1 = off")
   parser.add_argument("--batch", type=int, help="videos a network call")
