@@ -1,6 +1,6 @@
 """A rollout with its caches beside the same work without them, in one run.
 
-  python benchmarks/rollout.py [--preset tiny] [--clips 2,8,24] [--long 100] [--json OUT]
+  python benchmarks/rollout.py [--preset tiny] [--parts language,video,whole] [--clips 2,8,24] [--long 100] [--json OUT]
 
 Language model: writing the dynamics of a clip, reading its state and looking at it. `cached` is what `kling rollout`
 runs, in full, for every number of clips. `every clip` reads the whole past again at each clip and is cached within it;
@@ -14,6 +14,7 @@ Weights are random: the language model then writes every clip's dynamics to the 
 import argparse
 import json
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -150,35 +151,41 @@ class Bench:
     return {"first_clip_cold_s": cold, "first_clip_s": best(first), "later_clip_s": later}
 
 
+def language(bench: Bench, sizes: list[int], long: int) -> dict[str, Any]:
+  """The language model's part, cached and not, printed and returned."""
+  length, rows = bench.world.layout.dynamics, []
+  spans = bench.cached(max(long, *sizes))
+  for clips in sizes:
+    one, cached = bench.one_pass(clips), sum(spans[:clips])
+    again, token = cached + clips * one, clips * length * one  # a pass for each token that is written, and the state's
+    rows.append({"clips": clips, "cached_s": cached, "one_pass_s": one, "every_clip_s": again, "every_token_s": token})
+    print(f"{clips:3d} clips: cached {cached:7.2f} s, past again every clip {again:7.2f} s ({again / cached:.1f} x), "
+          f"every token {token:8.2f} s ({token / cached:.1f} x)")  # fmt: skip
+  early, late = float(np.median(spans[3:13])), float(np.median(spans[-10:]))
+  print(f"a clip: {early:.3f} s around clip 8, {late:.3f} s at the end of {len(spans)}")
+  return {"rows": rows, "clip_early_s": early, "clip_late_s": late, "long": len(spans)}
+
+
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--preset", default="tiny")
+  parser.add_argument("--parts", default="language,video,whole")
   parser.add_argument("--clips", default="2,8,24")
   parser.add_argument("--long", type=int, default=100, help="clips of the rollout that shows whether time stays flat")
   parser.add_argument("--json", help="file to write the figures to")
   args = parser.parse_args()
-  bench, rows = Bench(args.preset), []
-  length = bench.world.layout.dynamics
-  spans = bench.cached(max(args.long, *map(int, args.clips.split(","))))
-  for clips in map(int, args.clips.split(",")):
-    one, cached = bench.one_pass(clips), sum(spans[:clips])
-    passes = clips * (length - 1 + 1)  # a token at a time, and the state
-    row = {"clips": clips, "cached_s": cached, "every_clip_s": cached + clips * one, "every_token_s": passes * one}
-    row |= {"one_pass_s": one, "ratio_every_clip": row["every_clip_s"] / cached,
-            "ratio_every_token": row["every_token_s"] / cached}  # fmt: skip
-    rows.append(row)
-    print(f"{clips:3d} clips: cached {cached:7.2f} s, past again every clip {row['every_clip_s']:7.2f} s "
-          f"({row['ratio_every_clip']:.1f} x), every token {row['every_token_s']:8.2f} s "
-          f"({row['ratio_every_token']:.1f} x)")  # fmt: skip
-  early, late = float(np.median(spans[3:13])), float(np.median(spans[-10:]))
-  print(f"a clip: {early:.3f} s around clip 8, {late:.3f} s at the end of {len(spans)}")
-  video, whole = bench.video(), bench.whole()
-  print(f"video: {video['cached_s']:.3f} s a clip with its context cached, {video['plain_s']:.3f} s without "
-        f"({video['ratio']:.2f} x)")  # fmt: skip
-  print(f"first clip: {whole['first_clip_cold_s']:.1f} s with compiling, {whole['first_clip_s']:.3f} s without; "
-        f"a later one {whole['later_clip_s']:.3f} s")  # fmt: skip
-  facts = {"preset": args.preset, "device": jax.devices()[0].device_kind, "language_model": rows, "clip_early_s": early,
-           "clip_late_s": late, "long": len(spans), "video": video, "end_to_end": whole}  # fmt: skip
+  bench, parts = Bench(args.preset), args.parts.split(",")
+  facts: dict[str, Any] = {"preset": args.preset, "device": jax.devices()[0].device_kind}
+  if "language" in parts:
+    facts["language"] = language(bench, [int(size) for size in args.clips.split(",")], args.long)
+  if "video" in parts:
+    facts["video"] = video = bench.video()
+    print(f"video: {video['cached_s']:.3f} s a clip with its context cached, {video['plain_s']:.3f} s without "
+          f"({video['ratio']:.2f} x)")  # fmt: skip
+  if "whole" in parts:
+    facts["whole"] = whole = bench.whole()
+    print(f"first clip: {whole['first_clip_cold_s']:.1f} s with compiling, {whole['first_clip_s']:.3f} s without; "
+          f"a later one {whole['later_clip_s']:.3f} s")  # fmt: skip
   if args.json:
     with open(args.json, "w", encoding="utf-8") as file:
       json.dump(facts, file, indent=2)
