@@ -31,7 +31,8 @@ SPLITS = ("fit", "holdout")
 OWN = ("sweep.arm", "sweep.split")
 # Keys that change how a run is done and not what it learns; they are no part of a run's id.
 HOW = ("mesh", "log", "checkpoint", "data.threads", "data.workers", "data.memory_gib")
-PATHS = ("data.sources", "data.validation_sources", "codec.weights", "text.weights", "init_from")  # of which only the last name counts
+# Of paths only the last name counts.
+PATHS = ("data.sources", "data.validation_sources", "codec.weights", "text.weights", "init_from")
 # Keys that runs of one compiled program may differ in.
 ARGUMENTS = ("optimizer.lr", "seed", "steps", "validation", "data.sources", "data.validation_sources")
 
