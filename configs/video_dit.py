@@ -9,7 +9,8 @@ Hardware: `size=S` one GPU or TPU chip; `size=XL` 8 to 32 chips; `size=14b` a v5
     --config.data.sources="('clips/',)" --config.precision=bfloat16
 
 Arguments: size = XS S B L XL 1.3b 14b 30b n0.017b n0.057b n0.13b n0.26b n0.72b n1.07b, or d96:
-the scaling family's member of any width that is a multiple of 16, with width^3 parameters; res = 64 128 256 480p 720p;
+the scaling family's member of any width that is a multiple of 16, with width^3 parameters (d96x2: that width with two
+blocks); res = 64 128 256 480p 720p;
 runlocal shrinks everything to a CPU run of seconds. This file is also the schema: its keys and types are legal.
 """
 
