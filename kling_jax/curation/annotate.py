@@ -12,6 +12,7 @@ import json
 import os
 import pathlib
 import re
+import signal
 import sys
 import threading
 import urllib.parse
@@ -279,7 +280,7 @@ def _span(header: str | None, size: int) -> tuple[int, int] | None:
 
 
 def serve(folder: str, db: str, port: int | None = None) -> None:
-  """Serves until Ctrl-C; prints the address on standard output.
+  """Serves until Ctrl-C or SIGTERM; prints the address on standard output. For the main thread.
 
   Args:
     port: None: the one of the last time, so that an open page goes on; a free one where that is taken.
@@ -290,6 +291,8 @@ def serve(folder: str, db: str, port: int | None = None) -> None:
       raise DataError(f"{folder} holds no clips")
     with _bound(clips, store, port) as server:
       store.set_fact("port", str(server.server_port))
+      for number in (signal.SIGINT, signal.SIGTERM):  # a shell's background jobs start with the first one ignored
+        signal.signal(number, signal.default_int_handler)
       print(server.address, flush=True)
       done = ", ".join(f"{name} {count}" for name, count in store.counts().items()) or "none yet"
       print(f"{len(clips)} clips; ratings: {done}. Ctrl-C ends; ratings are in {db}", file=sys.stderr)
