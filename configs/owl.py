@@ -159,7 +159,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     c.state.queries = 4
     c.text.width, c.text.depth = 64, 1
     c.data.sources = ("worlds:memory-v1?count=24&seed=0",)
-    c.data.clips, c.data.batch = 3, 4
+    c.data.clips, c.data.batch = 3, 8
     c.history.window, c.history.states = 2, 2
     c.optimizer.lr, c.optimizer.warmup = 2e-3, 10
     c.ema.decay = 0.95
