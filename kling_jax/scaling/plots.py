@@ -94,7 +94,7 @@ def _logs(axis: Any, x: str, y: str, y_log: bool = True) -> None:
     axis.set_yscale("log")
   for side, (low, high) in ((axis.xaxis, axis.get_xlim()), (axis.yaxis, axis.get_ylim())):
     if (side is axis.xaxis or y_log) and high < 40 * low:  # too short for powers of ten alone
-      side.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
+      side.set_major_locator(ticker.MaxNLocator(4) if high < 4 * low else ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
       side.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:.3g}"))
       side.set_minor_formatter(ticker.NullFormatter())
   axis.set_xlabel(x)
@@ -176,9 +176,11 @@ def _shades(count: int) -> Sequence[Any]:
 
 
 def heat_maps(found: Analysis) -> Any:
-  """Relative loss over (lr, B) of up to six (N, T), spread over their cost."""
+  """Relative loss over (lr, B) of up to six (N, T), spread over their cost; of those with the most runs."""
   assert found.hyper is not None and found.raw.lr is not None and found.raw.batch_tokens is not None
-  cells = sorted(found.hyper.cells, key=lambda cell: cell.params * cell.tokens)
+  most = max(len(cell.rows) for cell in found.hyper.cells)
+  grids = [cell for cell in found.hyper.cells if len(cell.rows) > most / 2]
+  cells = sorted(grids, key=lambda cell: cell.params * cell.tokens)
   cells = [cells[k] for k in np.unique(np.linspace(0, len(cells) - 1, min(PANELS, len(cells))).round().astype(int))]
   raw = found.raw.fitted
   assert raw.lr is not None and raw.batch_tokens is not None
