@@ -93,7 +93,7 @@ STUDY = sweeps.load("koala_ablation").module
 
 def get_config():
   c = STUDY.get_config("runlocal")
-  c.steps, c.data.batch, c.data.fps, c.data.validation_fraction = 20, 4, 12.0, 0.2
+  c.steps, c.data.batch, c.data.fps, c.data.validation_fraction = 20, 8, 12.0, 0.2
   c.validation.every, c.validation.rows = 10, 8
   return c
 
