@@ -16,7 +16,7 @@ paper argues against, with the constants that the same stage-1 runs give them:
 The weights that are judged are averaged over the last ninth of a run's steps, whatever T: that keeps two seeds of a run
 within half a percent of one another, where an average over a fixed count of tokens left up to 2.4 %.
 
-Expected: 33 runs in 17 minutes of one core; the hold-out says that no power law holds yet at these T (docs/results.md, "A
+Expected: 33 runs in 17 minutes of one core; by the hold-out no power law holds yet at these T (docs/results.md, "A
 sweep on two cores"). Hardware: 2 cores, no accelerator.
 
   kling sweep run shapes_tiny --workdir runs/shapes_tiny
