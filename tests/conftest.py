@@ -15,7 +15,10 @@ import hypothesis
 import pytest
 from absl import flags
 
-hypothesis.settings.register_profile("shared", deadline=None)  # a loaded machine is no failure
+# The same examples in every run, so that a red one is the change's; --hypothesis-profile=explore looks for new ones. A
+# loaded machine is no failure.
+hypothesis.settings.register_profile("explore", deadline=None)
+hypothesis.settings.register_profile("shared", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("shared")
 flags.FLAGS.mark_as_parsed()  # Grain's worker processes refuse unparsed absl flags.
 
