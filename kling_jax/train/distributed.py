@@ -228,6 +228,7 @@ def start(job: Job, heartbeat_s: int = HEARTBEAT_S) -> None:
   _wait_for_name(job.coordinator.rsplit(":", 1)[0])
   import jax
 
+  jax.config.update("jax_enable_preemption_service", False)  # it takes SIGTERM; train/preemption.py agrees on it
   jax.distributed.initialize(
     job.coordinator,
     job.count,

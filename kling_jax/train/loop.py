@@ -108,7 +108,7 @@ def run(config: ml_collections.ConfigDict, folder: str | pathlib.Path) -> Summar
         counters.tokens += tokens
         counters.flops += flops
 
-        leave = preemption.requested(step) or step == config.steps
+        leave = preemption.requested() or step == config.steps
         row: dict[str, Any] = {}
         if table is not None and table.rows and (leave or step % config.validation.every == 0):
           row |= table.evaluate(update, state, step, folder)
