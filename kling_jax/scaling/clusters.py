@@ -8,7 +8,6 @@ import dataclasses
 import json
 import os
 import pathlib
-import re
 import shlex
 import subprocess
 import time
@@ -18,56 +17,13 @@ from typing import Any
 import yaml
 
 from kling_jax import files
-from kling_jax.errors import DataError, UsageError
+from kling_jax.errors import DataError, NoRoom, UsageError
+from kling_jax.launch import kubernetes, sbatch
+from kling_jax.launch.kubernetes import GRACE_S
+from kling_jax.launch.program import Program, Unreached
 from kling_jax.scaling.executor import command, environment
 
-GRACE_S = 120  # between the announcement of a worker's end and its end: enough to save
 EMPTY = 3  # times that all workers may end without anything recorded before that is an error
-
-
-class Program:
-  """A command line tool of a cluster, asked again where it cannot reach its server.
-
-  Args:
-    name: of the program on PATH.
-    transient: patterns of messages that pass by themselves.
-    patience_s: for how long to ask again, with growing pauses.
-  """
-
-  def __init__(self, name: str, transient: Sequence[str], patience_s: float = 600.0, pause_s: float = 2.0):
-    self.name, self.patience_s, self.pause_s = name, patience_s, pause_s
-    self._transient = re.compile("|".join(transient), re.IGNORECASE)
-
-  def run(self, *words: str, once: bool = False) -> str:
-    """Standard output of `name words`.
-
-    Args:
-      once: do not ask again where the answer was lost; the caller finds out whether it was done.
-
-    Raises:
-      UsageError: the program is not installed.
-      Unreached: its server cannot be reached.
-      DataError: it refuses; its own words.
-    """
-    begun, pause = time.monotonic(), self.pause_s
-    while True:
-      try:
-        done = subprocess.run([self.name, *words], capture_output=True, text=True)
-      except FileNotFoundError as error:
-        raise UsageError(f"{self.name} is not on PATH; run this where the cluster's tools are installed") from error
-      if done.returncode == 0:
-        return done.stdout
-      said = " ".join((done.stderr or done.stdout).split())[:500]
-      if not self._transient.search(said):
-        raise DataError(f"`{self.name} {' '.join(words[:3])} ...` refused: {said or f'exit code {done.returncode}'}")
-      if once or time.monotonic() - begun > self.patience_s:
-        raise Unreached(f"{self.name} cannot reach its server: {said}; the workers go on, start again to follow them")
-      time.sleep(min(pause, 60.0))
-      pause *= 2
-
-
-class Unreached(DataError):
-  """The cluster's server does not answer."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,17 +49,12 @@ class Needs:
 class Slurm:
   """Workers as tasks of a job array, one array at a time; `sbatch` and `squeue` on PATH."""
 
-  TRANSIENT = (
-    r"socket timed out", r"unable to contact slurm controller", r"connection refused", r"communication connection",
-    r"slurm_load_jobs error: (?!invalid job id)", r"resource temporarily unavailable", r"zero bytes were transmitted",
-  )  # fmt: skip
-
   def __init__(
     self, sweep: str, folder: pathlib.Path, flags: Sequence[str] = (), needs: Needs | None = None, **patience: float
   ):
     needs = needs or Needs()
-    self._sbatch = Program("sbatch", self.TRANSIENT, **patience)
-    self._squeue = Program("squeue", self.TRANSIENT, **patience)
+    self._sbatch = Program("sbatch", sbatch.TRANSIENT, **patience)
+    self._squeue = Program("squeue", sbatch.TRANSIENT, **patience)
     self.folder, self.needs = folder, needs
     self.name = f"kling-{folder.name}"
     seconds = max(60.0, needs.hours * 3600 - 2 * GRACE_S)
@@ -114,15 +65,11 @@ class Slurm:
     """The batch script of the array."""
     n = self.needs
     lines = [
-      f"--job-name={self.name}", f"--array=0-{n.workers - 1}", f"--time={_clock(n.hours)}",
+      f"--job-name={self.name}", f"--array=0-{n.workers - 1}", f"--time={sbatch.clock(n.hours)}",
       f"--output={self.folder.absolute()}/logs/slurm-%A_%a.log", f"--signal=TERM@{GRACE_S}", "--requeue",
-      *([f"--cpus-per-task={n.cores}"] if n.cores else []), *([f"--gpus-per-task={n.gpus}"] if n.gpus else []),
-      *([f"--mem={n.memory_gib}G"] if n.memory_gib else []), "--ntasks=1", *n.options,
+      *sbatch.resources(n.cores, n.gpus, n.memory_gib), "--ntasks=1", *n.options,
     ]  # fmt: skip
-    exports = [f"export {name}={shlex.quote(value)}" for name, value in environment(self.folder).items()]
-    head = "\n".join(f"#SBATCH {line}" for line in lines)
-    body = "\n".join(exports)
-    return f"#!/bin/bash\n{head}\n\n{body}\ncd {shlex.quote(os.getcwd())}\nexec srun {shlex.join(self._command)}\n"
+    return sbatch.script(lines, environment(self.folder), os.getcwd(), f"exec srun {shlex.join(self._command)}")
 
   def start(self) -> None:
     if self._jobs():
@@ -141,18 +88,13 @@ class Slurm:
   def _jobs(self) -> list[str]:
     user = os.environ.get("USER") or str(os.getuid())
     states = self._squeue.run("--noheader", "--array", "--name", self.name, "--user", user, "--format", "%T")
-    return [state for state in states.split() if state not in ("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT")]
+    return [state for state in states.split() if state not in sbatch.ENDED]
 
   def alive(self) -> int:
     return len(self._jobs())
 
   def stop(self) -> None:
     """Nothing: tasks go on without anyone who watches, and end when nothing is left (`scancel --name` ends them)."""
-
-
-def _clock(hours: float) -> str:
-  minutes = max(1, round(hours * 60))
-  return f"{minutes // 60}:{minutes % 60:02d}:00"
 
 
 # ---- Kubernetes ----------------------------------------------------------------------------------------------------
@@ -167,12 +109,6 @@ class Gke:
     tpu: "tpu-v5p-slice:2x2x1": accelerator and topology of a worker; "" for CPU or GPU pods.
   """
 
-  TRANSIENT = (
-    r"unable to connect to the server", r"connection refused", r"i/o timeout", r"tls handshake timeout",
-    r"etcdserver: request timed out", r"the server is currently unable", r"too many requests",
-    r"internal error occurred",
-  )  # fmt: skip
-
   def __init__(
     self,
     sweep: str,
@@ -186,9 +122,10 @@ class Gke:
     **patience: float,
   ):
     needs = needs or Needs()
-    self._kubectl = Program("kubectl", self.TRANSIENT, **patience)
-    self.folder, self.needs, self.image, self.claim, self.tpu = folder, needs, image, claim, tpu
-    self.name = re.sub(r"[^a-z0-9-]+", "-", f"kling-{folder.name}".lower()).strip("-")[:50]
+    self._kubectl = Program("kubectl", kubernetes.TRANSIENT, **patience)
+    self.folder, self.needs, self.image, self.claim = folder, needs, image, claim
+    self._shape = kubernetes.Shape(tpu, needs.gpus, needs.cores, needs.memory_gib)
+    self.name = kubernetes.identifier(f"kling-{folder.name}")
     inside = pathlib.PurePosixPath("/sweep")
     seconds = max(60.0, needs.hours * 3600 - 2 * GRACE_S)
     words = command(
@@ -200,56 +137,32 @@ class Gke:
   @property
   def kind(self) -> str:
     """jobset where a worker is a slice of several hosts, job elsewhere."""
-    return "jobset" if _hosts(self.tpu) > 1 else "job"
+    return "jobset" if self._shape.hosts > 1 else "job"
 
   def manifest(self) -> dict[str, Any]:
     """The Job or JobSet."""
     if self.kind == "job":
-      return {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": self.name}, "spec": self._job()}
-    replicated = {"name": "worker", "replicas": self.needs.workers, "template": {"spec": self._job()}}
-    return {
-      "apiVersion": "jobset.x-k8s.io/v1alpha2",
-      "kind": "JobSet",
-      "metadata": {"name": self.name, "annotations": {
-        "alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"}},
-      "spec": {"failurePolicy": {"maxRestarts": 10}, "replicatedJobs": [replicated]},
-    }  # fmt: skip
+      spec = self._job() | {"ttlSecondsAfterFinished": 600}
+      metadata = {"name": self.name, "labels": kubernetes.MANAGED}
+      return {"apiVersion": "batch/v1", "kind": "Job", "metadata": metadata, "spec": spec}
+    policy = {"maxRestarts": 10}
+    return kubernetes.jobset(
+      self.name, self._job(), replicas=self.needs.workers, exclusive=True, policy=policy, ttl_s=600
+    )
 
   def _job(self) -> dict[str, Any]:
-    n, hosts = self.needs, _hosts(self.tpu)
-    pods = hosts if self.kind == "jobset" else n.workers
-    limits: dict[str, Any] = {"google.com/tpu": _chips(self.tpu) // hosts} if self.tpu else {}
-    limits |= {"nvidia.com/gpu": n.gpus} if n.gpus else {}
-    requests: dict[str, Any] = {"cpu": n.cores} if n.cores else {}
-    requests |= {"memory": f"{n.memory_gib}Gi"} if n.memory_gib else {}
+    pods = self._shape.hosts if self.kind == "jobset" else self.needs.workers
     folder = pathlib.Path("/sweep") / self.folder
     words = [*self._command, "--distributed"] if self.kind == "jobset" else self._command
-    container = {
-      "name": "worker", "image": self.image, "command": words, "workingDir": "/sweep",
-      "env": [{"name": name, "value": value} for name, value in environment(folder).items()],
-      "resources": {"limits": limits, "requests": requests | limits},
-      "volumeMounts": [{"name": "sweep", "mountPath": "/sweep"}],
-    }  # fmt: skip
-    accelerator, _, topology = self.tpu.partition(":")
-    selector = {"nodeSelector": {"cloud.google.com/gke-tpu-accelerator": accelerator,
-                                 "cloud.google.com/gke-tpu-topology": topology}} if self.tpu else {}  # fmt: skip
-    return {
-      "completionMode": "Indexed",
-      "completions": pods,
-      "parallelism": pods,
-      "backoffLimit": 100 * pods,
-      "activeDeadlineSeconds": round(n.hours * 3600),
-      "ttlSecondsAfterFinished": 600,
-      # A pod that is preempted or drained says nothing about its runs; the ledger counts what a run really kills.
-      "podFailurePolicy": {"rules": [
-        {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
-        {"action": "FailJob", "onExitCodes": {"containerName": "worker", "operator": "In", "values": [2, 74]}},
-      ]},
-      "template": {"spec": {
-        "restartPolicy": "Never", "terminationGracePeriodSeconds": GRACE_S, **selector, "containers": [container],
-        "volumes": [{"name": "sweep", "persistentVolumeClaim": {"claimName": self.claim}}],
-      }},
-    }  # fmt: skip
+    pod = kubernetes.pod(
+      self._shape, image=self.image, words=words, environment=environment(folder),
+      volume=kubernetes.claim(self.claim), mount="/sweep",
+    )  # fmt: skip
+    # A pod that is preempted or drained says nothing about its runs; the ledger counts what a run really kills.
+    return kubernetes.job(
+      pod, pods=pods, backoff=100 * pods, seconds=round(self.needs.hours * 3600),
+      fatal=(UsageError.exit_code, NoRoom.exit_code), ignore_disruption=True,
+    )  # fmt: skip
 
   def start(self) -> None:
     found = self._state()
@@ -283,25 +196,6 @@ class Gke:
 
   def stop(self) -> None:
     """Nothing: pods go on without anyone who watches, and end when nothing is left (`kubectl delete` ends them)."""
-
-
-def _chips(tpu: str) -> int:
-  topology = tpu.partition(":")[2]
-  if not re.fullmatch(r"\d+(x\d+){1,2}", topology):
-    raise UsageError(f"--tpu {tpu!r} is not of the form ACCELERATOR:TOPOLOGY, e.g. tpu-v5p-slice:2x2x1")
-  chips = 1
-  for side in topology.split("x"):
-    chips *= int(side)
-  return chips
-
-
-def _hosts(tpu: str) -> int:
-  """Hosts of a slice: four chips each, but for slices of eight and fewer v5e or v6e chips, which stand in one."""
-  if not tpu:
-    return 1
-  chips = _chips(tpu)
-  single = 8 if re.search(r"v5-lite|v5e|v6e", tpu) else 4
-  return 1 if chips <= single else -(-chips // 4)
 
 
 # ---- Ray -----------------------------------------------------------------------------------------------------------
