@@ -8,7 +8,7 @@ export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.2
 export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES ?= -1
 
-.PHONY: venv tpu demo test drill check bench parity format clean
+.PHONY: venv tpu demo test drill check bench parity docs format clean
 
 venv: $(VENV)/ready
 
@@ -52,6 +52,13 @@ bench: venv
 parity: venv
 	$(BIN)/python -m pip install --quiet -e '.[parity]'
 	$(BIN)/python benchmarks/parity.py
+
+# The site in build/site; broken links fail. Addresses of other sites are listed, not called.
+docs: venv
+	$(BIN)/python -m pip install --quiet -e '.[docs]'
+	$(BIN)/zensical build --clean --strict
+	grep -rhoE 'https?://[^][ )>"`|]+' README.md docs --include='*.md' | sort -u > build/site/external_links.txt
+	@echo "open build/site/index.html; $$(wc -l < build/site/external_links.txt) external links in build/site/external_links.txt"
 
 format: venv
 	$(BIN)/ruff check --fix .

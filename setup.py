@@ -44,11 +44,14 @@ EXTRAS = {
   "parity": ["torch==2.13.*", "torchvision==0.28.*", "transformers>=5.23", "diffusers>=0.42", "peft>=0.21"],
   "bench": ["torch>=2.4", "scenedetect-headless>=0.7", "onnxruntime>=1.18"],  # the other side of the benchmarks
 }
+EXTRAS["colab"] = [*EXTRAS["sweep"], "ipykernel>=6.29", "jupytext>=1.16", "nbclient>=0.10"]  # runs the notebooks
+EXTRAS["docs"] = ["zensical>=0.1.2", "mkdocstrings-python>=2.0"]  # the site of `make docs`
 EXTRAS["test"] = (
   EXTRAS["caption"]
   + EXTRAS["demo"]
   + EXTRAS["eval"]
-  + EXTRAS["sweep"]
+  + EXTRAS["colab"]
+  + EXTRAS["docs"]
   + [
     "fsspec>=2024.6",  # its file system in memory stands for a bucket
     "hypothesis>=6.100",

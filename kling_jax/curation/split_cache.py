@@ -26,7 +26,7 @@ def split(path: str, content: str, method: str, limits: container.Limits, folder
     folder: of the cache; may be shared by sets and machines.
 
   Raises:
-    As `split.split`.
+    DataError: as `split.split`.
   """
   file = folder / f"{content[:32]}-{method}-{_version()}.npz"
   if file.exists():

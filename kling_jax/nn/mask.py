@@ -19,11 +19,12 @@ class Mask:
   """Which keys a query sees, in a few numbers (an N x L array only where it must be). The default hides nothing.
 
   With p = offset + n the place of query n among the keys, query n sees key l where all of these hold:
-    keys_BL[b, l]                                        (padding)
-    segments[0][b, n] == segments[1][b, l]               (packing: both belong to the same clip)
-    l < start + ((p - start) // block + 1) * block       (block-causal: its own block and all before it)
-    l < length                                           (the filled part of a cache)
-    pairs_BNL[b, n, l]                                   (anything else)
+
+      keys_BL[b, l]                                        (padding)
+      segments[0][b, n] == segments[1][b, l]               (packing: both belong to the same clip)
+      l < start + ((p - start) // block + 1) * block       (block-causal: its own block and all before it)
+      l < length                                           (the filled part of a cache)
+      pairs_BNL[b, n, l]                                   (anything else)
 
   A query that sees no key at all gets zeros. Blocks are counted through packed clips, so under a causal block each
   clip must begin where a block does.
