@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 
 from kling_jax import answers, files, measure
-from kling_jax.data import buckets
 from kling_jax.errors import DataError, UsageError
 from kling_jax.evals import control, control_page
-from kling_jax.generate import sample
+from kling_jax.generate import held_out, sample
 
 REAL_CLIPS = 192  # that the scale of scores is taken from
 
@@ -54,7 +53,7 @@ def run(workdir: str, baseline: str | None, out: str, options: Options = Options
     raise UsageError(f"{workdir} is told no scores: model.conditions is empty")
   scorers = measure.chosen(options.scorers)
   fps = options.settings.fps or model.config.data.fps
-  prompts, clips = _real(model, options, fps)
+  prompts, clips = _real(model, options)
   yardstick = control.Yardstick.of_clips(clips, fps, scorers)
   found = {_name(model, ()): _matrix(model, prompts, yardstick, options)}
   if baseline is not None:
@@ -91,13 +90,9 @@ def _matrix(model: sample.Model, prompts: list[str], yardstick: control.Yardstic
   return control.matrix(sampler, told, prompts, yardstick, seed=options.seed, levels=options.levels)
 
 
-def _real(model: sample.Model, options: Options, fps: float) -> tuple[list[str], list[np.ndarray]]:
+def _real(model: sample.Model, options: Options) -> tuple[list[str], list[np.ndarray]]:
   """Captions for the pairs, and real clips at the size of the samples: both of held-out videos."""
-  frames, height, width = model.size(options.settings)
-  batches = model.task.batches("validation", 0, 1, 1)
-  bucket = buckets.Bucket(frames, height, width, fps)
-  fits = lambda clip: buckets.refusal(batches.sources.info(clip), bucket, buckets.Limits()) is None
-  chosen = [clip for held in batches.clips for clip in held.tolist() if fits(clip)]
+  batches, chosen = held_out.fitting(model, options.settings)
   if len(chosen) < options.pairs:
     raise DataError(
       f"{len(chosen)} held-out clips are long enough, {options.pairs} pairs need as many; lower --pairs, or train "
@@ -105,8 +100,7 @@ def _real(model: sample.Model, options: Options, fps: float) -> tuple[list[str],
     )
   prompts = [batches.sources.info(clip).caption for clip in chosen[: options.pairs]]
   picks = np.unique(np.linspace(0, len(chosen) - 1, min(REAL_CLIPS, len(chosen))).round().astype(int))
-  times_s = np.arange(frames) / fps
-  return prompts, [batches.sources.frames(chosen[k], times_s, height, width) for k in picks]
+  return prompts, held_out.frames_of(model, options.settings, batches, [chosen[k] for k in picks])
 
 
 def _name(model: sample.Model, taken: Any) -> str:
