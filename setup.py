@@ -35,6 +35,7 @@ EXTRAS = {
   "demo": ["plotly>=6"],  # charts of the report pages
   "tpu": ["jax[tpu]"],
   "cuda": ["jax[cuda13]"],
+  "track": ["tensorboardX>=2.6", "wandb>=0.18"],  # log.tensorboard, log.wandb
   "sweep": ["matplotlib>=3.9"],  # plots of scaling laws
   "cloud": ["fsspec>=2024.6", "s3fs", "gcsfs"],  # s3:// and gs:// in `kling fetch`
   "caption": ["tokenizers>=0.20", "sentencepiece>=0.2"],  # tokenizers of pretrained text encoders
@@ -63,6 +64,7 @@ EXTRAS["test"] = (
     "pytest>=8",
     "pytest-timeout>=2.3",
     "pytest-xdist>=3.6",
+    "tensorboardX>=2.6",
     "ruff>=0.6",
     "types-requests",
     "websockets>=13",  # drives a headless browser over the report

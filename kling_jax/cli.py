@@ -383,7 +383,7 @@ VERBS: dict[str, tuple[Callable[..., None], Run, str]] = {
   "train": (_add_train, _train, "Train any task of any config."),
   "sample": (_add_sample, _sample, "Videos from a checkpoint: from text, from an image, continuing a video."),
   "rollout": (_add_rollout, _rollout, "A world model goes on clip by clip: its own next action, or yours."),
-  "eval": (_add_eval, _eval, "Metrics of a trained model: control."),
+  "eval": (_add_eval, _eval, "Metrics: of folders of videos, of a checkpoint, of rollouts; VBench; control."),
   "import": (_add_import, _import, "Weights of others into our folders and work directories."),
   "export": (_add_export, _export_weights, "Weights of a work directory as safetensors, in our names or diffusers'."),
   "sweep": (_add_sweep, _sweep, "Scaling laws: fit them to runs, check them, predict with them."),

@@ -4,6 +4,7 @@ Both write `eval.json`, and `index.html` with the videos side by side.
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 import os
@@ -74,7 +75,7 @@ def entries(where: Sequence[str], reading: Reading) -> list[Entry]:
       paths, names = [place], [os.path.basename(place)]
     else:
       raise UsageError(f"there is no file or folder {place}")
-    found += [Entry(name, lambda path=path: reading(path)) for path, name in zip(paths, names, strict=True)]
+    found += [Entry(name, functools.partial(reading, path)) for path, name in zip(paths, names, strict=True)]
   return found
 
 
@@ -246,11 +247,15 @@ def run(
         grid.write_png(path, frames_THWC[0])
         requests[k] = dataclasses.replace(requests[k], image=path)
     sampled = model(requests, settings)
-  made = [Entry(name, lambda video=video: (video, fps)) for name, video in zip(names, sampled, strict=True)]
-  true = [Entry(name, lambda video=video: (video, fps)) for name, video in zip(names, real, strict=True)]
+  made = [_in_memory(name, video, fps) for name, video in zip(names, sampled, strict=True)]
+  true = [_in_memory(name, video, fps) for name, video in zip(names, real, strict=True)]
   where = pathlib.Path(workdir)
   notes = [f"{len(made)} held-out clips at step {model.step}, seed {seed}; {given} given."]
   return evaluate(
     made, true, out or str(where / "report" / "eval"), by, paired=given == "image",
     title=f"Evaluation of {where.name}", subtitle=f"step {model.step}", notes=notes,
   )  # fmt: skip
+
+
+def _in_memory(name: str, frames_THWC: np.ndarray, fps: float) -> Entry:
+  return Entry(name, lambda: (frames_THWC, fps))

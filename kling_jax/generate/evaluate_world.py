@@ -28,7 +28,8 @@ def on_disk(places: list[str], out: str) -> tuple[dict[str, Any], str]:
     UsageError: a folder without a rollout. DataError: a damaged one.
   """
   found = [folder for place in places for folder in _rollouts(pathlib.Path(place))]
-  rows, shown = [], []
+  rows: list[dict[str, float]] = []
+  shown: list[compare_page.Shown] = []
   for folder in progress.track(found, "evaluate", len(found)):
     frames_OTHWC, about = read(folder)
     written = [clip["dynamics"] for clip in about["clips"] if not clip["given"]]
@@ -95,7 +96,8 @@ def world(
     raise UsageError(f"{workdir} films clips of {model.clip_seconds:g} s; those of memory-v1 last {CLIP_S:g} s")
   times_s = np.arange(1, clips * data.frames + 1) / data.frames * CLIP_S
   rows: dict[str, list[dict[str, float]]] = {"made": [], "true": []}
-  names, shown = [], []
+  names: list[str] = []
+  shown: list[compare_page.Shown] = []
   for index in progress.track(range(worlds), "worlds", worlds):
     story = memory_world.story(seed, index, clips)
     shape = (clips, data.frames, data.height, data.width, 3)

@@ -4,7 +4,7 @@ import functools
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from kling_jax.errors import DataError, UsageError
 from kling_jax.evals import vbench
 from kling_jax.train import workdir as workdirs
 
-TOTALS = {
+TOTALS: dict[str, Callable[[Mapping[str, float]], vbench.Total]] = {
   "vbench": vbench.total,
   "i2v": vbench.i2v_total,
   "i2v-owl1": functools.partial(vbench.i2v_total, definition="owl1"),

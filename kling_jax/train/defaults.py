@@ -62,7 +62,8 @@ def trainer() -> ml_collections.ConfigDict:
 
   c.log = ml_collections.ConfigDict()
   c.log.every = 10  # steps between lines of metrics.jsonl
-  c.log.tensorboard = False  # needs tensorboardX
-  c.log.wandb = placeholder(str)  # project name; needs wandb
+  c.log.tensorboard = False  # needs the extra track
+  c.log.wandb = placeholder(str)  # project name; needs the extra track
+  c.log.histograms = 0  # steps between histograms of parameters and gradients, for these two; 0 = none
   c.log.profile = ()  # (first, last) step to trace into workdir/profile
   return c

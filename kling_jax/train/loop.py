@@ -17,8 +17,10 @@ from kling_jax.nn import params as params_lib
 from kling_jax.train import allocator, peak, sharding, task, validation, warm_start, workdir
 from kling_jax.train import metrics as metrics_lib
 from kling_jax.train.checkpoint import Checkpoints
+from kling_jax.train.histograms import Watch
 from kling_jax.train.preemption import Preemption
 from kling_jax.train.state import Update
+from kling_jax.train.trace import Trace
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +62,7 @@ def run(config: ml_collections.ConfigDict, folder: str | pathlib.Path) -> Summar
   part, parts = sharding.data_part(mesh)
   batches = job.batches("train", part, parts, ways)
   table = validation.Table(job, mesh, ways) if config.validation.every else None
+  histograms = Watch(config, update)
 
   # ---- Work directory --------------------------------------------------------------------------------------------
   folder = pathlib.Path(folder)
@@ -67,6 +70,7 @@ def run(config: ml_collections.ConfigDict, folder: str | pathlib.Path) -> Summar
   main = jax.process_index() == 0
   workdir.claim(folder, config, write=main)
   checkpoints = Checkpoints(folder, config.checkpoint)
+  trace = Trace(config.log.profile, folder)
 
   # ---- State: resume, else warm start, else random ---------------------------------------------------------------
   counters = Counters()
@@ -99,9 +103,11 @@ def run(config: ml_collections.ConfigDict, folder: str | pathlib.Path) -> Summar
         waited = time.perf_counter()
         _, batch = next(stream)
         log.waited(time.perf_counter() - waited)
-        _profile(config.log.profile, step, folder)
+        trace.at(step)
         tokens, flops = job.step_cost(_global_shapes(batch, parts))
         rows = sharding.put_batch(mesh, batch)
+        if shown := histograms.at(step, state, rows):
+          writer.histograms(step, shown)
         with jax.transfer_guard("disallow"):
           state, metrics = update.step(state, rows)
         step += 1
@@ -112,9 +118,12 @@ def run(config: ml_collections.ConfigDict, folder: str | pathlib.Path) -> Summar
         row: dict[str, Any] = {}
         if table is not None and table.rows and (leave or step % config.validation.every == 0):
           row |= table.evaluate(update, state, step, folder)
-          table.sample(update, state, step, folder)
+          if (film := table.sample(update, state, step, folder)) is not None:
+            writer.video(step, "samples", film)
         bar.advance(1, note=log.note)
-        log.push(step, metrics, row, write=step % config.log.every == 0 or bool(row) or leave)
+        due = step % config.log.every == 0 or bool(row) or leave
+        failures = getattr(batches, "failed", ())  # of clips; batches that decode none have none
+        log.push(step, metrics, {**row, "failed_clips": len(failures)}, write=due)
         if leave or (config.checkpoint.every and step % config.checkpoint.every == 0):
           log.flush()
           checkpoints.save(step, state, meta())
@@ -123,6 +132,7 @@ def run(config: ml_collections.ConfigDict, folder: str | pathlib.Path) -> Summar
       failed = False
     finally:
       stream.close()
+      trace.close()
       if failed and jax.process_count() > 1:
         writer.close()  # nothing that waits for the other processes: they may be gone, or wait for this one
       else:
@@ -198,15 +208,7 @@ def _global_shapes(batch: task.Batch, parts: int) -> dict[str, jax.ShapeDtypeStr
 def _writer(folder: pathlib.Path, config: ml_collections.ConfigDict, start: int) -> metrics_lib.Fan:
   writers: list[metrics_lib.Writer] = [metrics_lib.JsonLines(folder / "metrics.jsonl", start)]
   if config.log.tensorboard:
-    writers.append(metrics_lib.TensorBoard(folder / "tensorboard"))
+    writers.append(metrics_lib.TensorBoard(folder / "tensorboard", start))
   if config.log.wandb:
     writers.append(metrics_lib.WandB(config.log.wandb, folder, plain(config)))
   return metrics_lib.Fan(writers)
-
-
-def _profile(span: tuple[int, int] | tuple[()], step: int, folder: pathlib.Path) -> None:
-  """Traces the steps first <= step < last into `profile/` (open with xprof or Perfetto)."""
-  if span and step == span[0]:
-    jax.profiler.start_trace(str(folder / "profile"))
-  if span and step == span[1]:
-    jax.profiler.stop_trace()

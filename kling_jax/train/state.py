@@ -89,13 +89,19 @@ class Update:
   def _tx(self, lr: jax.Array | float) -> optax.GradientTransformation:
     return optimizer.make(self.config.optimizer, self.config.steps, self.task.lr_scale, lr)
 
-  def _step(self, state: State, batch: Batch, lr: jax.Array) -> tuple[State, dict[str, jax.Array]]:
+  def loss_and_gradient(self, state: State, batch: Batch) -> tuple[tuple[jax.Array, dict[str, Any]], Params]:
+    """((loss, metrics), {path: gradient of a trained parameter}) of the update that `state` is about to make."""
     with sharding.activations(self.mesh, self.gradient, self.attention):
       keys_B = rng.sample_keys(state["key"], state["step"], batch["index"])
       trained = {path: state["params"][path] for path in self.trained}
       frozen = {path: value for path, value in state["params"].items() if path not in trained}
       loss_of = lambda trained, rows, keys: self.task.loss({**trained, **frozen}, rows, keys)
-      (loss, metrics), gradient = accumulated(loss_of, self.config.optimizer.accumulate)(trained, batch, keys_B)
+      return accumulated(loss_of, self.config.optimizer.accumulate)(trained, batch, keys_B)
+
+  def _step(self, state: State, batch: Batch, lr: jax.Array) -> tuple[State, dict[str, jax.Array]]:
+    (loss, metrics), gradient = self.loss_and_gradient(state, batch)
+    trained = {path: state["params"][path] for path in self.trained}
+    frozen = {path: value for path, value in state["params"].items() if path not in trained}
 
     norm = optax.tree.norm(gradient)
     clip = self.config.optimizer.clip

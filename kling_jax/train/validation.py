@@ -23,6 +23,8 @@ from kling_jax.train import sharding
 from kling_jax.train.state import State, Update
 from kling_jax.train.task import Batch, Task, digests
 
+TIMES = 8  # parts of the diffusion times whose losses are told apart
+
 
 class Table:
   """The rows, loaded once; each row's number fixes its time and noise, so that losses of one table_id compare."""
@@ -40,7 +42,11 @@ class Table:
     self._layout: dict[str, np.ndarray] | None = None
 
   def evaluate(self, update: Update, state: State, step: int, folder: pathlib.Path) -> dict[str, Any]:
-    """Mean loss of the table, its standard error, and the table's id; writes the rows' losses below `folder`."""
+    """Mean loss of the table, its standard error, and the table's id; writes the rows' losses below `folder`.
+
+    Of diffusion tasks also `val_loss_at_Q`: the mean over rows whose time lies in an eighth of the training
+    distribution, Q the middle of the eighth as a quantile (0: the earliest times, hardly any noise).
+    """
     params = update.averaged(state)
     parts = [update.evaluate(params, sharding.put_batch(update.mesh, batch)) for batch in self.rows]
     loss_R = np.concatenate([np.asarray(part) for part in parts])
@@ -52,7 +58,8 @@ class Table:
       with files.whole(folder / "validation" / f"{step:08d}.npy") as path:
         np.save(path, loss_R)
     mean, stderr = table.mean(loss_R, layout["place"], layout["sample"])
-    return {"val_loss": mean, "val_stderr": stderr, "table_id": self.table_id}
+    at = by_time(loss_R, layout["place"]) if "diffusion" in self.job.config else {}
+    return {"val_loss": mean, "val_stderr": stderr, "table_id": self.table_id} | at
 
   def layout(self) -> dict[str, np.ndarray]:
     """What the rows are: `place` of their times in (0, 1), and `sample`, a hash that rows of one clip share."""
@@ -70,17 +77,32 @@ class Table:
       parts = [np.asarray(whole(sharding.put_batch(self.mesh, {"rows": part})["rows"])) for part in parts]
     return np.concatenate(parts) if parts else np.zeros((0, 16), np.uint8)
 
-  def sample(self, update: Update, state: State, step: int, folder: pathlib.Path) -> None:
-    """Writes `samples/<step>.mp4` and `.png` under the conditions of the first rows, where the config asks for it."""
+  def sample(self, update: Update, state: State, step: int, folder: pathlib.Path) -> pathlib.Path | None:
+    """Writes `samples/<step>.mp4` and `.png` under the conditions of the first rows, where the config asks for it.
+
+    Returns:
+      The video, or None where nothing is sampled.
+    """
     wanted = self.job.config.validation.samples
     if not wanted:
-      return
+      return None
     batch = {name: value[:wanted] for name, value in self.rows[0].items()}
     frames = self.job.samples(update.averaged(state), batch, jax.random.key(self.job.config.seed))
-    if frames is not None:
-      path = folder / "samples" / f"{step:08d}.mp4"
-      encode.write(path, grid.grid(frames), fps=self.job.config.data.fps)
-      grid.write_png(path.with_suffix(".png"), grid.contact_sheet(frames))
+    if frames is None:
+      return None
+    path = folder / "samples" / f"{step:08d}.mp4"
+    encode.write(path, grid.grid(frames), fps=self.job.config.data.fps)
+    grid.write_png(path.with_suffix(".png"), grid.contact_sheet(frames))
+    return path
+
+
+def by_time(loss_R: np.ndarray, place_R: np.ndarray, parts: int = TIMES) -> dict[str, float]:
+  """{"val_loss_at_Q": mean loss of the rows whose place in (0, 1) lies in one of `parts` equal parts, middle Q}."""
+  part_R = np.minimum((place_R * parts).astype(int), parts - 1)
+  found = {}
+  for part in np.unique(part_R):
+    found[f"val_loss_at_{(part + 0.5) / parts:.4g}"] = float(loss_R[part_R == part].mean(dtype=np.float64))
+  return found
 
 
 def _samples(batch: Batch) -> np.ndarray:
