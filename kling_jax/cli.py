@@ -189,6 +189,18 @@ def _encode(args: argparse.Namespace) -> int:
   return 0
 
 
+def _add_report(parser: Parser) -> None:
+  from kling_jax.generate import report_command  # flags only, nothing heavy
+
+  report_command.add(parser)
+
+
+def _report(args: argparse.Namespace) -> int:
+  from kling_jax.generate import report_command
+
+  return report_command.run(args)
+
+
 # ---- train, sample -------------------------------------------------------------------------------------------------
 
 
@@ -377,6 +389,7 @@ VERBS: dict[str, tuple[Callable[..., None], Run, str]] = {
   "demo": (_add_demo, _demo, "The whole chain in minutes: curate, train, sample, report."),
   "doctor": (answers.add_flag, _doctor, "What this machine can run, and what each extra would add."),
   **curation.VERBS,
+  "report": (_add_report, _report, "The page of a clip set, or of training runs side by side."),
   "fetch": (_add_fetch, _fetch, "Videos that a table names by address, into a folder."),
   "data": (_add_data, _data, "Integrity of a clip set; the set in other formats."),
   "encode": (_add_encode, _encode, "Latents and text of a clip set into caches."),

@@ -159,17 +159,6 @@ def _dedup(args: argparse.Namespace) -> int:
   return 0
 
 
-def _add_report(parser: argparse.ArgumentParser) -> None:
-  parser.add_argument("--input", required=True, help="clip set")
-
-
-def _report(args: argparse.Namespace) -> int:
-  from kling_jax.curation import report as curation_report
-
-  print(curation_report.write(args.input))
-  return 0
-
-
 def _add_caption(parser: argparse.ArgumentParser) -> None:
   from kling_jax.curation import caption_command  # flags only, nothing heavy
 
@@ -237,5 +226,4 @@ VERBS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[argp
   "caption": (_add_caption, _caption, "Captions in six parts for a clip set or loose videos."),
   "dedup": (_add_dedup, _dedup, "Copies in a set, or of another set: equal, near, or close in an embedding."),
   "annotate": (_add_annotate, _annotate, "A page on which people rate clips; labels out of ratings."),
-  "report": (_add_report, _report, "The page of a set: funnel, limits to drag, clips kept and dropped, timings."),
 }

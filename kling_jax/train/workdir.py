@@ -9,6 +9,7 @@ import ml_collections
 from kling_jax import config as config_lib
 from kling_jax import files
 from kling_jax.errors import ConfigError, UsageError
+from kling_jax.train import defaults
 
 # Keys that do not change what is learned, so a run may be resumed under other values.
 FREE = (
@@ -57,10 +58,18 @@ def claim(workdir: pathlib.Path, config: ml_collections.ConfigDict, write: bool 
 def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
   """The resolved config of a work directory.
 
+  The trainer's keys that change nothing of what is learned, and came after the run was made, have their defaults.
+
   Raises:
     UsageError: there is none.
   """
   path = workdir / "config.json"
   if not path.exists():
     raise UsageError(f"{workdir} is no work directory: it has no config.json (train first, or check --workdir)")
-  return config_lib.restore(json.loads(path.read_text(encoding="utf-8")))
+  config = config_lib.restore(json.loads(path.read_text(encoding="utf-8")))
+  known = defaults.trainer()
+  for key in config_lib.known_keys(known):
+    group, _, name = key.rpartition(".")
+    if any(fnmatch.fnmatchcase(key, pattern) for pattern in FREE) and group in config and name not in config[group]:
+      config[group][name] = known[group][name]
+  return config
