@@ -146,14 +146,16 @@ def _check_flags(file: pathlib.Path, words: list[str]) -> None:
       raise ValueError(f"{file.name} knows no {word}")
 
 
-def check_python(code: str) -> None:
-  """Parses a block and holds its imports from kling_jax against the sources, without running either.
+def check_python(code: str, modules: dict[str, pathlib.Path]) -> None:
+  """Parses a block and holds what it names of kling_jax against the sources, without running either.
+
+  Args:
+    code: the block. modules: those that earlier blocks of the page imported, by their names there; is added to.
 
   Raises:
     SyntaxError: it is no Python. ValueError: it names a module or a member that is not there.
   """
   tree = ast.parse(code)
-  modules: dict[str, pathlib.Path] = {}
   for node in ast.walk(tree):
     if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("kling_jax"):
       continue

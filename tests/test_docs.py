@@ -24,9 +24,12 @@ def test_every_command_parses_and_its_config_loads(block: code_blocks.Block, mon
     code_blocks.check_command(words)
 
 
-@pytest.mark.parametrize("block", [b for b in BLOCKS if b.language == "python"], ids=lambda block: block.where)
-def test_every_python_block_names_what_there_is(block: code_blocks.Block) -> None:
-  code_blocks.check_python(block.code)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_python_blocks_name_what_there_is(page: pathlib.Path) -> None:
+  modules: dict[str, pathlib.Path] = {}
+  for block in blocks(page):
+    if block.language == "python":
+      code_blocks.check_python(block.code, modules)
 
 
 def test_every_block_says_what_it_is() -> None:
@@ -63,7 +66,7 @@ def test_the_checker_would_see_a_stale_name() -> None:
     "from kling_jax.data import films\nfilms.render_movies()",
   ):
     with pytest.raises(ValueError, match="has no"):
-      code_blocks.check_python(code)
+      code_blocks.check_python(code, {})
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -118,6 +121,42 @@ def constants(tree: ast.AST) -> list[str]:
     elif isinstance(node, ast.Constant) and isinstance(node.value, str):
       found.append(node.value)
   return found
+
+
+def proofs() -> list[str]:
+  """The node ids that the page of completeness names; a row says yes with a proof, or no without."""
+  found = []
+  for line in (ROOT / "docs" / "completeness.md").read_text(encoding="utf-8").splitlines():
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    if not line.startswith("| ") or cells[1] in ("", "kling_jax"):
+      continue
+    assert len(cells) == 10, line
+    named = re.findall(r"`(test_\w+)::(test_\w+)`", cells[2])
+    assert bool(named) == cells[1].startswith("yes") and (named or cells[1].startswith("**no**")), line
+    assert all(re.fullmatch(r"yes|part|no|\?|–", cell) for cell in cells[3:]), line
+    found += [f"tests/{file}.py::{name}" for file, name in named]
+  return found
+
+
+def test_every_yes_names_a_test_that_exists() -> None:
+  named = proofs()
+  assert len(named) > 60
+  for node in named:
+    file, _, name = node.partition("::")
+    tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+    functions = {part.name: part for part in tree.body if isinstance(part, ast.FunctionDef)}
+    assert name in functions, f"there is no {node}"
+    marks = [ast.unparse(mark) for mark in functions[name].decorator_list]
+    assert not any(mark.startswith("pytest.mark.skip(") for mark in marks), f"{node} is skipped"
+
+
+@pytest.mark.drill
+def test_every_proof_is_collected() -> None:
+  done = subprocess.run(
+    [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "drill or not drill", *sorted(set(proofs()))],
+    cwd=ROOT, capture_output=True, text=True,
+  )  # fmt: skip
+  assert done.returncode == 0, done.stdout[-3000:]
 
 
 @pytest.mark.drill
