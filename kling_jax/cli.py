@@ -328,6 +328,21 @@ def _rollout(args: argparse.Namespace) -> int:
   return rollout_command.run(args)
 
 
+# ---- plan ----------------------------------------------------------------------------------------------------------
+
+
+def _add_plan(parser: Parser) -> None:
+  from kling_jax.plan import command  # flags only, nothing heavy
+
+  command.add(parser)
+
+
+def _plan(args: argparse.Namespace) -> int:
+  from kling_jax.plan import command
+
+  return command.run(args)
+
+
 # ---- sweep ---------------------------------------------------------------------------------------------------------
 
 
@@ -396,6 +411,7 @@ VERBS: dict[str, tuple[Callable[..., None], Run, str]] = {
   "train": (_add_train, _train, "Train any task of any config."),
   "sample": (_add_sample, _sample, "Videos from a checkpoint: from text, from an image, continuing a video."),
   "rollout": (_add_rollout, _rollout, "A world model goes on clip by clip: its own next action, or yours."),
+  "plan": (_add_plan, _plan, "A config on a TPU topology, by the real compiler: memory, FLOPs, transfers, verdict."),
   "eval": (_add_eval, _eval, "Metrics: of folders of videos, of a checkpoint, of rollouts; VBench; control."),
   "import": (_add_import, _import, "Weights of others into our folders and work directories."),
   "export": (_add_export, _export_weights, "Weights of a work directory as safetensors, in our names or diffusers'."),

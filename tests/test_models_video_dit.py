@@ -307,7 +307,9 @@ def _loss_and_grads(remat, scan):
   return quick_jit(jax.value_and_grad(loss))(weights)
 
 
-@pytest.mark.parametrize(("remat", "scan"), [("full", True), ("names:attention", False)])
+@pytest.mark.parametrize(
+  ("remat", "scan"), [("full", True), ("names:attention", False), ("offload:block,attention", True)]
+)
 def test_remat_and_unrolling_change_neither_loss_nor_gradients(remat, scan):
   loss, grads = _loss_and_grads("none", True)
   other_loss, other_grads = _loss_and_grads(remat, scan)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from kling_jax.errors import ConfigError, nearest
@@ -324,7 +325,7 @@ class LanguageModel(nnx.Module):
 
     def layer(x_BLD, layer_inputs):
       weights, past, added_BLD = layer_inputs
-      x_BLD, new = nnx.merge(graph, weights)(x_BLD, mask, angles, past)
+      x_BLD, new = nnx.merge(graph, weights)(checkpoint_name(x_BLD, "block"), mask, angles, past)
       return (x_BLD if added_BLD is None else x_BLD + added_BLD.astype(x_BLD.dtype)), new
 
     recompute, policy = remat_policy(self.shape.remat)

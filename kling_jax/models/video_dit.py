@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from kling_jax.errors import ConfigError, nearest
 from kling_jax.nn.attention import Mask
@@ -21,6 +22,7 @@ from kling_jax.nn.partition import constrain
 from kling_jax.nn.rotary import angles_3d
 
 SAVEABLE = ("qkv", "attention", "mlp_hidden")  # the tensors of a block that a remat policy may name
+OFFLOADABLE = ("block", *SAVEABLE)  # and those that it may move to the host; "block" is the block's input
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +40,8 @@ class VideoDiTConfig:
     remat: what the backward pass finds saved of each block. "none": everything (no recomputation). "full": nothing
       but the block's input. "names:a,b": the tensors named, of "qkv" (queries, keys and values of both attentions),
       "attention" (their outputs; on the blockwise road no attention is then repeated) and "mlp_hidden".
+      "offload:a,b": those tensors in the hosts' memory until the backward pass asks for them; "block" among them is
+      the block's input itself, without which it stays on the device.
   """
 
   width: int
@@ -76,15 +80,23 @@ class VideoDiTConfig:
 
 def remat_policy(remat: str):
   """Returns (whether to recompute at all, policy for jax.checkpoint) of a `VideoDiTConfig.remat` string."""
-  kind, _, names = remat.partition(":")
-  if kind == "names" and names:
-    for name in names.split(","):
-      if name not in SAVEABLE:
-        raise ConfigError(f"remat={remat!r}: no tensor is called {name!r}{nearest(name, SAVEABLE)}")
-    return True, jax.checkpoint_policies.save_only_these_names(*names.split(","))
-  if remat not in ("none", "full"):
-    raise ConfigError(f"remat={remat!r}; known: none, full, names:<some of {','.join(SAVEABLE)}>")
-  return remat == "full", None
+  kind, _, listed = remat.partition(":")
+  names, known = listed.split(","), {"names": SAVEABLE, "offload": OFFLOADABLE}.get(kind)
+  if known is None or not listed:
+    if remat not in ("none", "full"):
+      raise ConfigError(
+        f"remat={remat!r}; known: none, full, names:<some of {','.join(SAVEABLE)}>, "
+        f"offload:<some of {','.join(OFFLOADABLE)}>"
+      )
+    return remat == "full", None
+  for name in names:
+    if name not in known:
+      raise ConfigError(f"remat={remat!r}: no tensor is called {name!r}{nearest(name, known)}")
+  if kind == "names":
+    return True, jax.checkpoint_policies.save_only_these_names(*names)
+  return True, jax.checkpoint_policies.save_and_offload_only_these_names(
+    names_which_can_be_saved=[], names_which_can_be_offloaded=names, offload_src="device", offload_dst="pinned_host"
+  )
 
 
 def _scaling(width: int, depth: int | None = None) -> VideoDiTConfig:
@@ -333,7 +345,7 @@ class VideoDiT(nnx.Module):
 
     def layer(x_BND, layer_inputs):
       weights, past = layer_inputs
-      return nnx.merge(graph, weights)(x_BND, given, past)
+      return nnx.merge(graph, weights)(checkpoint_name(x_BND, "block"), given, past)
 
     recompute, policy = remat_policy(self.config.remat)
     if recompute:

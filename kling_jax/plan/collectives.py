@@ -22,6 +22,7 @@ KINDS = (
 _BITS = {"pred": 8, "token": 0} | {
   f"{kind}{bits}": bits for kind in ("s", "u", "f", "bf") for bits in (2, 4, 8, 16, 32, 64)
 } | {"c64": 64, "c128": 128}  # fmt: skip
+_WORK = ("fusion", "convolution", "dot", "custom-call", "while")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\((.*)$")
 _SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
@@ -50,6 +51,8 @@ class Collective:
     loops: how many loops stand around it.
     trips: how often they run it in all, as far as the text says.
     source: the operation of the traced program that it serves.
+    hidden: whether it is under way while something is computed: it has a start and a done of its own, and a fusion,
+      product or kernel stands between the two in the schedule.
   """
 
   kind: str
@@ -59,6 +62,7 @@ class Collective:
   loops: int
   trips: int
   source: str
+  hidden: bool = False
 
   @property
   def bytes(self) -> int:
@@ -95,6 +99,7 @@ def read(text: str, mesh: Mapping[str, int]) -> list[Collective]:
   """
   computations, entry = _parse(text)
   found = []
+  overlapped = {name for body in computations.values() for name in _overlapped(body)}
   for instruction, loops, trips in _reached(computations, entry, 0, 1):
     kind = _kind(instruction)
     if kind is not None:
@@ -105,10 +110,47 @@ def read(text: str, mesh: Mapping[str, int]) -> list[Collective]:
       groups = () if between else _groups(attributes, math.prod(mesh.values()))
       axes = tuple(mesh)[:1] if between else _axes(groups, mesh)
       source = re.search(r'op_name="([^"]*)"', instruction.rest)
-      found.append(
-        Collective(kind, _results(instruction), groups, axes, loops, trips, source.group(1) if source else "")
-      )
+      hidden, served = instruction.name in overlapped, source.group(1) if source else ""
+      found.append(Collective(kind, _results(instruction), groups, axes, loops, trips, served, hidden))
   return found
+
+
+def size(result: str) -> int:
+  """Bytes of the arrays of an instruction's result type."""
+  plain = re.sub(r"\{[^{}]*\}", "", result)
+  return sum(
+    math.prod(int(n) for n in sizes.split(",") if n) * _BITS[dtype] // 8
+    for dtype, sizes in _SHAPE.findall(plain)
+    if dtype in _BITS
+  )
+
+
+def _overlapped(body: Sequence[_Instruction]) -> Iterator[str]:
+  """Names of the starts between which and their done something is computed."""
+  open_: dict[str, bool] = {}
+  for instruction in body:
+    if instruction.opcode.endswith("-done") or instruction.opcode == "recv-done":
+      operand = re.search(r"%([\w.\-]+)", instruction.rest)
+      if operand and open_.pop(operand.group(1), False):
+        yield operand.group(1)
+    elif instruction.opcode.endswith("-start") or instruction.opcode == "recv":
+      open_[instruction.name] = False
+    elif instruction.opcode in _WORK and _kind(instruction) is None:
+      open_ = dict.fromkeys(open_, True)
+
+
+def _trips(computations: Mapping[str, Sequence[_Instruction]], loop: _Instruction) -> int:
+  """How often a loop runs: what the compiler noted, else the constant that its counter (from 0) is compared with."""
+  known = re.search(r'known_trip_count[\\"]*:\s*\{[\\"]*n[\\"]*:[\\"]*(\d+)', loop.rest)
+  if known:
+    return int(known.group(1))
+  condition = re.search(r"condition=%?([\w.\-]+)", loop.rest)
+  body = computations[condition.group(1)] if condition else []
+  if not body or body[-1].opcode != "compare" or "direction=LT" not in body[-1].rest:
+    return 1
+  constants = {one.name: one.rest for one in body if one.opcode == "constant"}
+  limits = [constants[name] for name in re.findall(r"%([\w.\-]+)", body[-1].rest) if name in constants]
+  return int(limits[0].partition(")")[0]) if limits else 1
 
 
 def _parse(text: str) -> tuple[dict[str, list[_Instruction]], str]:
@@ -140,9 +182,9 @@ def _reached(
     if _kind(instruction) is not None or instruction.opcode in ("reduce", "scatter", "sort", "reduce-window"):
       continue
     inside = instruction.opcode == "while"
-    known = re.search(r'known_trip_count[\\"]*:\s*\{[\\"]*n[\\"]*:[\\"]*(\d+)', instruction.rest) if inside else None
+    turns = _trips(computations, instruction) if inside else 1
     for called in instruction.called:
-      yield from _reached(computations, called, loops + inside, trips * (int(known.group(1)) if known else 1))
+      yield from _reached(computations, called, loops + inside, trips * turns)
 
 
 def _kind(instruction: _Instruction) -> str | None:

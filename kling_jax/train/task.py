@@ -73,6 +73,17 @@ class Task(abc.ABC):
       ConfigError: the batch does not divide; names the legal sizes.
     """
 
+  def batch_spec(self, bucket: int = 0) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of a *global* training batch, without data; what `kling plan` compiles for.
+
+    Args:
+      bucket: which of `data.buckets`, for tasks that have several.
+
+    Raises:
+      ConfigError: this task has none.
+    """
+    raise ConfigError(f"task {self.config.task!r} has no batch_spec, so its step cannot be planned")
+
   @abc.abstractmethod
   def losses(self, params: Params, batch: Batch, keys_B: jax.Array, train: bool) -> tuple[jax.Array, dict[str, Any]]:
     """Per-sample losses (B,) and a dict of scalar metrics; random only through `keys_B` (one typed key a sample).

@@ -229,6 +229,21 @@ class OwlTask(Task):
     split = self.batches("validation", process_index, process_count, multiple_of)
     return split.fixed_rows(self.config.validation.rows)
 
+  def batch_spec(self, bucket: int = 0) -> dict[str, jax.ShapeDtypeStruct]:
+    del bucket  # clips have one size
+    d = self.config.data
+    array = lambda *shape, dtype: jax.ShapeDtypeStruct((d.batch, *shape), dtype)
+    texts = {"prompt": (d.prompt_tokens,), "dynamics": (d.clips, d.dynamics_tokens)}
+    return {
+      "frames": array(d.clips, d.frames, d.height, d.width, 3, dtype=jnp.uint8),
+      "image": array(d.height, d.width, 3, dtype=jnp.uint8),
+      "cut": array(d.clips, dtype=jnp.bool),
+      "fps": array(d.clips, dtype=jnp.float32),
+      "index": array(dtype=jnp.uint32),
+      **{name: array(*shape, dtype=jnp.int32) for name, shape in texts.items()},
+      **{f"{name}_mask": array(*shape, dtype=jnp.bool) for name, shape in texts.items()},
+    }
+
   def step_cost(self, batch: Batch) -> tuple[int, float]:
     rows, clips = batch["frames"].shape[:2]
     c, shape = self.config, self.latent_shape

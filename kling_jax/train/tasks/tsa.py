@@ -98,6 +98,18 @@ class TSATask(Task):
     count = max(1, self.config.validation.rows // self.config.data.batch)
     return [batches.fixed(number) for number in range(count)]
 
+  def batch_spec(self, bucket: int = 0) -> dict[str, jax.ShapeDtypeStruct]:
+    del bucket  # mosaics have one size
+    c, plan = self.config, self.plan
+    array = lambda *shape, dtype: jax.ShapeDtypeStruct((c.data.batch, *shape), dtype)
+    spec = {name: array(dtype=jnp.int32) for name in ("reference", "degradation")}
+    spec |= {"rating": array(dtype=jnp.float32), "index": array(dtype=jnp.uint32)}
+    spec["features"] = array(len(c.labels.features), dtype=jnp.float32)
+    if {"dynamic", "static"} & set(c.model.branches):
+      spec["fragments"] = array(1, plan.frames, *plan.size, 3, dtype=jnp.uint8)
+      spec["image"] = array(plan.image, plan.image, 3, dtype=jnp.uint8)
+    return spec
+
   def step_cost(self, batch: Batch) -> tuple[int, float]:
     rows = batch["index"].shape[0]
     return rows, 6.0 * rows * tsa.products(self.shape, self.plan.frames, *self.plan.size, self.plan.image)

@@ -185,6 +185,20 @@ class VideoDiTTask(Task):
   def constants(self) -> dict[str, Any]:
     return {"conditions": self.percentiles.to_json()}
 
+  def batch_spec(self, bucket: int = 0) -> dict[str, jax.ShapeDtypeStruct]:
+    c, bucket_frames = self.config, tuple(self.config.data.buckets[bucket])
+    array = lambda *shape, dtype: jax.ShapeDtypeStruct((c.data.batch, *shape), dtype)
+    length, scores = c.text.tokens, len(c.model.conditions)
+    spec = {"frames": array(*bucket_frames, 3, dtype=jnp.uint8)}
+    if c.data.cached_latents:
+      spec = {"latents": array(*self.geometry.latent_shape(*bucket_frames), dtype=jnp.bfloat16)}
+    if c.text.encoder == "bytes":
+      spec |= {"tokens": array(length, dtype=jnp.int32), "tokens_mask": array(length, dtype=jnp.bool)}
+    else:
+      spec |= {"text": array(length, c.text.width, dtype=jnp.bfloat16), "text_mask": array(length, dtype=jnp.bool)}
+    spec |= {"scores": array(scores, dtype=jnp.float32), "scores_known": array(scores, dtype=jnp.bool)}
+    return spec | {"fps": array(dtype=jnp.float32), "index": array(dtype=jnp.uint32)}
+
   def step_cost(self, batch: Batch) -> tuple[int, float]:
     rows, shape = self._latent_shape(batch)
     tokens = rows * math.prod(self.dit.grid(*shape[:3]))

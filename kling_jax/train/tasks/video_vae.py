@@ -76,6 +76,13 @@ class VideoVAETask(Task):
     split = self.batches("validation", process_index, process_count, multiple_of)
     return split.fixed_rows(self.config.validation.rows)
 
+  def batch_spec(self, bucket: int = 0) -> dict[str, jax.ShapeDtypeStruct]:
+    c = self.config.data
+    array = lambda *shape, dtype: jax.ShapeDtypeStruct((c.batch, *shape), dtype)
+    spec = {"frames": array(*c.buckets[bucket], 3, dtype=jnp.uint8), "index": array(dtype=jnp.uint32)}
+    scores = {"scores": array(0, dtype=jnp.float32), "scores_known": array(0, dtype=jnp.bool)}
+    return spec | scores | {"fps": array(dtype=jnp.float32)}
+
   def step_cost(self, batch: Batch) -> tuple[int, float]:
     rows, frames, height, width, _ = batch["frames"].shape
     t, h, w, _ = self.shape.latent_shape(frames, height, width)
