@@ -19,7 +19,8 @@ from typing import Any
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import numpy as np
-import parity_text_video as parity
+import parity_video
+import reference
 from agreement import relative_error
 
 
@@ -41,12 +42,12 @@ def vae(frames: int, side: int, rounds: int) -> dict[str, tuple[float, float, fl
 
   from kling_jax.nn import params as params_lib
 
-  model = parity._wan_vae(96, [1, 2, 4, 4], 2, [False, True, True], 16, 0)
-  graph, params = parity.loaded(model, model.config)
+  model = parity_video.wan_vae_model(96, [1, 2, 4, 4], 2, [False, True, True], 16, 0)
+  graph, params = reference.loaded(model, model.config)
   params = jax.device_put(params)
   encode = jax.jit(lambda params, x: params_lib.merge(graph, params).encode(x))
   decode = jax.jit(lambda params, z: params_lib.merge(graph, params).decode(z))
-  video = np.tanh(parity._noise(1, frames, side, side, 3))
+  video = np.tanh(reference.noise(1, frames, side, side, 3))
   first = lambda x: torch.from_numpy(np.moveaxis(x, -1, 1).copy())
   last = lambda x: np.moveaxis(x.numpy(), 1, -1)
   mean, std = (np.asarray(value, np.float32) for value in (model.config.latents_mean, model.config.latents_std))
@@ -72,14 +73,14 @@ def dit(blocks: int, rounds: int) -> dict[str, tuple[float, float, float]]:
 
   from kling_jax.nn import params as params_lib
 
-  model = parity._wan(12, 128, blocks, 8960, 4096, 16, 0)
-  graph, params = parity.loaded(model, model.config)
+  model = parity_video.wan_model(12, 128, blocks, 8960, 4096, 16, 0)
+  graph, params = reference.loaded(model, model.config)
   params = jax.device_put(params)
   run = jax.jit(lambda params, x, time, text: params_lib.merge(graph, params)(x, time, text))
-  given = parity._wan_inputs(16, 4096, (3, 26, 26), 512)
+  given = parity_video.wan_inputs(16, 4096, (3, 26, 26), 512)
   given = {name: array[:1] for name, array in given.items()}
   ours = lambda: np.asarray(run(params, given["x"], given["time"], given["text"]))
-  return {f"dit, {blocks} blocks, 507 tokens": race(ours, lambda: parity._wan_reference(model, given), rounds)}
+  return {f"dit, {blocks} blocks, 507 tokens": race(ours, lambda: parity_video.wan_reference(model, given), rounds)}
 
 
 def main() -> int:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 from agreement import Fixture, cosine, relative_error, times
-from parity_text_video import _noise, _numpy, _random, loaded
+from reference import loaded, noise, randomised, weights_of
 
 
 def _tokens(vocabulary: int, rows: int, length: int, seed: int = 0) -> np.ndarray:
@@ -34,7 +34,7 @@ def _decoder(kind: str, width: int, layers: int, seed: int, vocabulary: int = 19
     "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
     "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
   }[kind]
-  return _random(model(config(**sizes, **more)), seed)
+  return randomised(model(config(**sizes, **more)), seed)
 
 
 def _text_reference(model: Any, tokens_BL: np.ndarray, real_BL: np.ndarray) -> np.ndarray:
@@ -133,7 +133,7 @@ def _text_fixture(model: Any) -> Fixture:
   config = model.config.to_dict()
   tokens_BL, real_BL = _tokens(config["vocab_size"], 2, 13), _padded(2, 13)
   inputs = {"tokens": tokens_BL, "real": real_BL}
-  return Fixture(config, _numpy(model), inputs, {"logits": _text_reference(model, tokens_BL, real_BL)})
+  return Fixture(config, weights_of(model), inputs, {"logits": _text_reference(model, tokens_BL, real_BL)})
 
 
 def llama_fixture() -> Fixture:
@@ -156,7 +156,7 @@ def _chameleon(width: int, layers: int, base: int, multipliers: list[int], codes
   vocabulary = {"<image>": 3} | {spelt(code): 4 + place for place, code in enumerate(order.tolist())}
   vq = {"base_channels": base, "channel_multiplier": multipliers, "num_res_blocks": 1, "num_embeddings": codes,
         "embed_dim": 8, "latent_channels": 8, "resolution": 32}  # fmt: skip
-  return _random(transformers.ChameleonForConditionalGeneration(transformers.ChameleonConfig(
+  return randomised(transformers.ChameleonForConditionalGeneration(transformers.ChameleonConfig(
     vocab_size=codes + 60, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
     num_attention_heads=4, num_key_value_heads=4, vq_config=vq, vocabulary_map=vocabulary, **more,
   )), seed)  # fmt: skip
@@ -203,7 +203,7 @@ def chameleon() -> dict:
   for seed, swin in ((5, False), (6, True)):
     model = _chameleon(64, 3, 32, [1, 1, 2], codes, seed, swin_norm=swin)
     graph, params = loaded(model, model.config.to_dict())
-    pictures = np.tanh(_noise(2, 24, 36, 3, seed=seed))
+    pictures = np.tanh(noise(2, 24, 36, 3, seed=seed))
     tokens, vectors = _picture_tokens(model, pictures)
     see = jax.jit(lambda params, x, graph=graph: params_lib.merge(graph, params).pictures.vectors(x))
     read = jax.jit(lambda params, x, graph=graph: params_lib.merge(graph, params).picture_tokens(x))
@@ -229,9 +229,9 @@ def chameleon() -> dict:
 def chameleon_fixture() -> Fixture:
   codes = 12
   model = _chameleon(16, 2, 32, [1, 1], codes, 7)
-  weights = {name: array.astype(np.float16).astype(np.float32) for name, array in _numpy(model).items()}
+  weights = {name: array.astype(np.float16).astype(np.float32) for name, array in weights_of(model).items()}
   model.load_state_dict({name: _tensor(array) for name, array in weights.items()})
-  pictures = np.tanh(_noise(1, 6, 4, 3))
+  pictures = np.tanh(noise(1, 6, 4, 3))
   tokens, vectors = _picture_tokens(model, pictures)
   prompt, real_BL = np.concatenate([_tokens(codes + 60, 1, 5), tokens], axis=1), _padded(1, 5 + tokens.shape[1])
   logits = _unhidden(_text_reference(model, prompt, real_BL), codes)
@@ -249,7 +249,7 @@ def _qwen(width: int, layers: int, tower: int, depth: int, deep: list[int], side
   import transformers
 
   sections = [width // 4 - 2 * (width // 12), width // 12, width // 12]  # of heads of width / 2
-  return _random(transformers.Qwen3VLForConditionalGeneration(transformers.Qwen3VLConfig(
+  return randomised(transformers.Qwen3VLForConditionalGeneration(transformers.Qwen3VLConfig(
     text_config={
       "vocab_size": 100, "hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": layers,
       "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": width // 2,
@@ -336,7 +336,7 @@ def qwen3_vl() -> dict:
   pairs, low = [], []
   for picture, video in (((48, 80), (4, 32, 64)), ((112, 16), (2, 48, 48))):
     shown = {
-      "picture": np.repeat(np.tanh(_noise(1, *picture, 3)), 2, axis=0), "video": np.tanh(_noise(*video, 3, seed=1)),
+      "picture": np.repeat(np.tanh(noise(1, *picture, 3)), 2, axis=0), "video": np.tanh(noise(*video, 3, seed=1)),
     }  # fmt: skip
     cell = 2 * patch
     tokens_L, grids = _qwen_prompt(
@@ -370,10 +370,10 @@ def graph_config(graph: Any, params: Mapping[str, np.ndarray]) -> Any:
 def qwen3_vl_fixture() -> Fixture:
   patch = 4
   model = _qwen(24, 2, 16, 3, [0], 4, patch, 9)
-  shown = {"picture": np.repeat(np.tanh(_noise(1, 24, 8, 3)), 2, axis=0), "video": np.tanh(_noise(4, 8, 16, 3, seed=1))}
+  shown = {"picture": np.repeat(np.tanh(noise(1, 24, 8, 3)), 2, axis=0), "video": np.tanh(noise(4, 8, 16, 3, seed=1))}
   tokens_L, _ = _qwen_prompt((3, 1), (2, 1, 2))
   outputs = _qwen_reference(model, tokens_L, shown, patch)
-  return Fixture(model.config.to_dict(), _numpy(model), shown | {"tokens": tokens_L}, outputs)
+  return Fixture(model.config.to_dict(), weights_of(model), shown | {"tokens": tokens_L}, outputs)
 
 
 CASES = {"llama": llama, "qwen3": qwen3, "qwen3_deep": qwen3_deep, "chameleon": chameleon, "qwen3_vl": qwen3_vl}

@@ -1,86 +1,21 @@
-"""Parity of Wan 2.1's transformer and VAE, the T5 and CLIP text encoders, and Stable Diffusion's image VAE."""
+"""Parity of Wan 2.1's transformer and VAE, and Stable Diffusion's image VAE."""
 
 import pathlib
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from agreement import Fixture, cosine, relative_error, times
-
-
-def _numpy(model: Any) -> dict[str, np.ndarray]:
-  return {name: tensor.detach().numpy().copy() for name, tensor in model.state_dict().items()}
-
-
-def _facts(model: Any) -> dict[str, Any]:
-  """config.json of a model, without the version of its library."""
-  config = model.config if isinstance(model.config, dict) else model.config.to_dict()
-  return {name: value for name, value in config.items() if name[0] != "_" and name != "transformers_version"}
-
-
-def _random(model: Any, seed: int) -> Any:
-  """The model in evaluation mode, with normal weights of variance 1 / fan in, and nothing left at 0 or 1."""
-  import torch
-
-  generator = torch.Generator().manual_seed(seed)
-  with torch.no_grad():
-    for name, tensor in model.named_parameters():
-      draw = torch.randn(tensor.shape, generator=generator)
-      fan_in = tensor[0].numel() if tensor.ndim > 1 else 1
-      if "norm" in name and name.endswith(("weight", "gamma")):
-        tensor.copy_(1 + 0.2 * draw)
-      elif "table" in name or "relative" in name or "embedding" in name or "shared" in name:
-        tensor.copy_(0.5 * draw)
-      else:
-        tensor.copy_(draw / fan_in**0.5 if tensor.ndim > 1 else 0.2 * draw)
-  return model.eval()
-
-
-def _noise(*shape: int, seed: int = 0) -> np.ndarray:
-  return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
-
-
-def loaded(model: Any, config: Mapping[str, Any], weights: Mapping[str, np.ndarray] | None = None) -> tuple[Any, Any]:
-  """Our class around the weights of `model`, through its own folder and our importer: (graph, parameters)."""
-  import json
-
-  import safetensors.numpy
-
-  from kling_jax.interop import detect
-  from kling_jax.interop import safetensors as files
-  from kling_jax.nn import params as params_lib
-
-  with tempfile.TemporaryDirectory() as name:
-    folder = pathlib.Path(name)
-    (folder / "config.json").write_text(json.dumps(dict(config), default=list))
-    safetensors.numpy.save_file(dict(weights or _numpy(model)), folder / "model.safetensors")
-    found = detect.recognise(folder)
-    graph, shapes, _ = params_lib.abstract(found.init)
-    params, report = files.load_into(
-      shapes, folder, found.name_map, allow_missing=found.ours, allow_unexpected=found.ignored
-    )
-    assert not report.missing, report.missing
-  return graph, params
-
-
-def _row(
-  part: str, reference: str, pairs: Any, low: Any, note: str, ours: Callable, theirs: Callable, **more: Any
-) -> dict:
-  """A row from (ours, theirs) pairs in float32, (bfloat16, theirs) pairs, and the two timed calls."""
-  return {
-    "part": part, "reference": reference, "max_rel_error": max(relative_error(*pair) for pair in pairs),
-    "cosine_bf16": min(cosine(*pair) for pair in low), "note": note, **times(ours, theirs), **more,
-  }  # fmt: skip
-
+from agreement import Fixture, relative_error
+from reference import facts_of, loaded, noise, randomised, row, weights_of
 
 # ---- Wan 2.1's transformer -------------------------------------------------------------------------------------------
 
 
-def _wan(heads: int, head: int, layers: int, ffn: int, text: int, channels: int, seed: int) -> Any:
+def wan_model(heads: int, head: int, layers: int, ffn: int, text: int, channels: int, seed: int) -> Any:
   from diffusers import WanTransformer3DModel
 
-  return _random(WanTransformer3DModel(
+  return randomised(WanTransformer3DModel(
     num_attention_heads=heads, attention_head_dim=head, in_channels=channels, out_channels=channels, text_dim=text,
     ffn_dim=ffn, num_layers=layers, rope_max_seq_len=64,
   ), seed)  # fmt: skip
@@ -105,13 +40,13 @@ def original_names(weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
   return found
 
 
-def _wan_inputs(channels: int, text: int, size: tuple[int, int, int], tokens: int) -> dict[str, np.ndarray]:
-  text_BLD = _noise(2, tokens, text, seed=1)
+def wan_inputs(channels: int, text: int, size: tuple[int, int, int], tokens: int) -> dict[str, np.ndarray]:
+  text_BLD = noise(2, tokens, text, seed=1)
   text_BLD[1, tokens // 3 :] = 0  # padding is zeros that are seen, as Wan was trained
-  return {"x": _noise(2, *size, channels), "time": np.array([0.25, 0.875], np.float32), "text": text_BLD}
+  return {"x": noise(2, *size, channels), "time": np.array([0.25, 0.875], np.float32), "text": text_BLD}
 
 
-def _wan_reference(model: Any, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
+def wan_reference(model: Any, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
   import torch
 
   with torch.no_grad():
@@ -126,14 +61,14 @@ def wan_dit() -> dict:
 
   from kling_jax.nn import params as params_lib
 
-  model = _wan(4, 32, 3, 320, 96, 16, 0)
+  model = wan_model(4, 32, 3, 320, 96, 16, 0)
   graph, params = loaded(model, model.config)
-  released, released_params = loaded(model, {"num_heads": 4}, original_names(_numpy(model)))
+  released, released_params = loaded(model, {"num_heads": 4}, original_names(weights_of(model)))
   run = jax.jit(lambda params, x, time, text: params_lib.merge(graph, params)(x, time, text))
   pairs, low = [], []
   for size in ((3, 8, 12), (1, 6, 10), (5, 14, 6)):
-    inputs = _wan_inputs(16, 96, size, 40)
-    theirs = _wan_reference(model, inputs)
+    inputs = wan_inputs(16, 96, size, 40)
+    theirs = wan_reference(model, inputs)
     pairs.append((run(params, inputs["x"], inputs["time"], inputs["text"]), theirs))
     low.append(
       (
@@ -148,12 +83,12 @@ def wan_dit() -> dict:
       )
     )
   assert released == graph and all(np.array_equal(params[name], released_params[name]) for name in params)
-  inputs = _wan_inputs(16, 96, (5, 16, 16), 64)
-  return _row(
+  inputs = wan_inputs(16, 96, (5, 16, 16), 64)
+  return row(
     "Wan 2.1 video DiT", "diffusers WanTransformer3DModel", pairs, low,
     "4 heads of 32, 3 blocks; three sizes, padded text; names of diffusers and of Wan's release",
     lambda: run(params, inputs["x"], inputs["time"], inputs["text"]).block_until_ready(),
-    lambda: _wan_reference(model, inputs),
+    lambda: wan_reference(model, inputs),
   )  # fmt: skip
 
 
@@ -163,23 +98,23 @@ def wan_dit_deep() -> dict:
 
   from kling_jax.nn import params as params_lib
 
-  model = _wan(2, 32, 30, 128, 32, 16, 1)
+  model = wan_model(2, 32, 30, 128, 32, 16, 1)
   graph, params = loaded(model, model.config)
   run = jax.jit(lambda params, x, time, text: params_lib.merge(graph, params)(x, time, text))
-  inputs = _wan_inputs(16, 32, (3, 8, 8), 24)
-  theirs = _wan_reference(model, inputs)
+  inputs = wan_inputs(16, 32, (3, 8, 8), 24)
+  theirs = wan_reference(model, inputs)
   call = lambda: run(params, inputs["x"], inputs["time"], inputs["text"]).block_until_ready()
   low = run(params, inputs["x"].astype("bfloat16"), inputs["time"], inputs["text"])
-  return _row(
+  return row(
     "Wan 2.1 video DiT, 30 blocks", "diffusers WanTransformer3DModel", [(call(), theirs)], [(low, theirs)],
-    "2 heads of 32, 30 blocks", call, lambda: _wan_reference(model, inputs), bound=2e-3,
+    "2 heads of 32, 30 blocks", call, lambda: wan_reference(model, inputs), bound=2e-3,
   )  # fmt: skip
 
 
 def wan_dit_fixture() -> Fixture:
-  model = _wan(2, 16, 2, 48, 24, 4, 2)
-  inputs = _wan_inputs(4, 24, (3, 4, 6), 7)
-  return Fixture(_facts(model), _numpy(model), inputs, {"y": _wan_reference(model, inputs)})
+  model = wan_model(2, 16, 2, 48, 24, 4, 2)
+  inputs = wan_inputs(4, 24, (3, 4, 6), 7)
+  return Fixture(facts_of(model), weights_of(model), inputs, {"y": wan_reference(model, inputs)})
 
 
 def _adapted(model: Any, rank: int, alpha: float, seed: int) -> dict[str, np.ndarray]:
@@ -207,7 +142,7 @@ def lora() -> dict:
   from kling_jax.interop import lora as lora_lib
   from kling_jax.nn import params as params_lib
 
-  model = _wan(4, 32, 3, 320, 96, 16, 0)
+  model = wan_model(4, 32, 3, 320, 96, 16, 0)
   graph, params = loaded(model, model.config)
   tensors = _adapted(model, 8, 12.0, 1)
   with tempfile.TemporaryDirectory() as name:
@@ -223,14 +158,14 @@ def lora() -> dict:
   assert all(np.allclose(adapters[key], again[key], rtol=1e-6) for key in adapters)
   merged = lora_lib.merge({key: jnp.asarray(array) for key, array in params.items()}, [(adapters, 1.0)], prefix="")
   run = jax.jit(lambda params, x, time, text: params_lib.merge(graph, params)(x, time, text))
-  inputs = _wan_inputs(16, 96, (3, 8, 12), 40)
-  theirs = _wan_reference(model, inputs)
+  inputs = wan_inputs(16, 96, (3, 8, 12), 40)
+  theirs = wan_reference(model, inputs)
   call = lambda: run(merged, inputs["x"], inputs["time"], inputs["text"]).block_until_ready()
   low = run(merged, inputs["x"].astype("bfloat16"), inputs["time"], inputs["text"])
-  return _row(
+  return row(
     "LoRA on Wan 2.1", "peft in diffusers' WanTransformer3DModel", [(call(), theirs)], [(low, theirs)],
     "rank 8, alpha 12, attention, MLP, modulation and head; merged here, beside there; out and in again",
-    call, lambda: _wan_reference(model, inputs),
+    call, lambda: wan_reference(model, inputs),
   )  # fmt: skip
 
 
@@ -238,12 +173,12 @@ def graph_config(model: Any) -> Any:
   """Our config of a diffusers Wan transformer."""
   from kling_jax.interop import wan_dit
 
-  return wan_dit.read_config(_numpy(model) if "lora" not in str(model) else _base(model), model.config)
+  return wan_dit.read_config(weights_of(model) if "lora" not in str(model) else _base(model), model.config)
 
 
 def _base(model: Any) -> dict[str, np.ndarray]:
   """The tensors of a model that PEFT has wrapped, under their own names."""
-  return {name.replace(".base_layer", ""): array for name, array in _numpy(model).items() if "lora_" not in name}
+  return {name.replace(".base_layer", ""): array for name, array in weights_of(model).items() if "lora_" not in name}
 
 
 def export() -> dict:
@@ -267,8 +202,8 @@ def export() -> dict:
   adapters = {name: draw.normal(0, 0.2, array.shape).astype(np.float32) for name, array in adapters.items()}
   vae_graph, vae_shapes, _ = params_lib.abstract(lambda: video_vae.VideoVAE.preset("xs", rngs=nnx.Rngs(0)))
   vae_params = {name: draw.normal(0, 0.2, leaf.shape).astype(np.float32) for name, leaf in vae_shapes.items()}
-  inputs = _wan_inputs(16, 24, (3, 8, 12), 16)
-  frames = np.tanh(_noise(1, 5, 16, 24, 3))
+  inputs = wan_inputs(16, 24, (3, 8, 12), 16)
+  frames = np.tanh(noise(1, 5, 16, 24, 3))
   run = jax.jit(lambda params, x, time, text: params_lib.merge(graph, params)(x, time, text))
   call = lambda weights: run(weights, inputs["x"], inputs["time"], inputs["text"])
   with tempfile.TemporaryDirectory() as name:
@@ -277,9 +212,9 @@ def export() -> dict:
     outward.write_diffusers(folder / "vae", "video_vae", video_vae.preset("xs"), vae_params)
     lora_lib.export(folder / "lora.safetensors", adapters, shape)
     model = diffusers.WanTransformer3DModel.from_pretrained(folder / "transformer").eval()
-    plain = _wan_reference(model, inputs)
+    plain = wan_reference(model, inputs)
     model.load_lora_adapter(str(folder / "lora.safetensors"), prefix="transformer")
-    adapted = _wan_reference(model, inputs)
+    adapted = wan_reference(model, inputs)
     vae = diffusers.AutoencoderKLWan.from_pretrained(folder / "vae").eval()
     latents, _ = _vae_reference(vae, frames)
   weights = {name: jnp.asarray(array) for name, array in params.items()}
@@ -295,20 +230,20 @@ def export() -> dict:
 
 def lora_fixture() -> Fixture:
   """To be merged into the weights of the fixture wan_dit."""
-  model = _wan(2, 16, 2, 48, 24, 4, 2)
+  model = wan_model(2, 16, 2, 48, 24, 4, 2)
   tensors = _adapted(model, 3, 4.5, 3)
-  inputs = _wan_inputs(4, 24, (3, 4, 6), 7)
-  return Fixture({"r": 3, "lora_alpha": 4.5}, tensors, inputs, {"y": _wan_reference(model, inputs)})
+  inputs = wan_inputs(4, 24, (3, 4, 6), 7)
+  return Fixture({"r": 3, "lora_alpha": 4.5}, tensors, inputs, {"y": wan_reference(model, inputs)})
 
 
 # ---- Wan 2.1's VAE ---------------------------------------------------------------------------------------------------
 
 
-def _wan_vae(base: int, mult: list[int], blocks: int, time: list[bool], z: int, seed: int) -> Any:
+def wan_vae_model(base: int, mult: list[int], blocks: int, time: list[bool], z: int, seed: int) -> Any:
   from diffusers import AutoencoderKLWan
 
   moments = np.random.default_rng(seed).uniform(0.5, 1.5, (2, z)).round(4).tolist()
-  return _random(AutoencoderKLWan(
+  return randomised(AutoencoderKLWan(
     base_dim=base, z_dim=z, dim_mult=mult, num_res_blocks=blocks, temperal_downsample=time, latents_mean=moments[0],
     latents_std=moments[1],
   ), seed)  # fmt: skip
@@ -357,10 +292,10 @@ def wan_vae() -> dict:
 
   from kling_jax.nn import params as params_lib
 
-  model = _wan_vae(8, [1, 2, 4, 4], 2, [False, True, True], 16, 3)
+  model = wan_vae_model(8, [1, 2, 4, 4], 2, [False, True, True], 16, 3)
   graph, params = loaded(model, model.config)
   released, released_params = loaded(
-    model, {k: model.config[k] for k in ("latents_mean", "latents_std")}, wan_vae_original_names(_numpy(model), 2)
+    model, {k: model.config[k] for k in ("latents_mean", "latents_std")}, wan_vae_original_names(weights_of(model), 2)
   )
   assert released == graph and all(np.array_equal(params[name], released_params[name]) for name in params)
   vae = lambda params: params_lib.merge(graph, params)
@@ -370,7 +305,7 @@ def wan_vae() -> dict:
   whole_back = jax.jit(lambda params, z: vae(params).decode_chunk(z)[0])
   pairs, low = [], []
   for size in ((9, 32, 48), (1, 40, 24), (13, 16, 16)):
-    frames = np.tanh(_noise(1, *size, 3))
+    frames = np.tanh(noise(1, *size, 3))
     latents, decoded = _vae_reference(model, frames)
     ours, back = np.asarray(encode(params, frames)), np.clip(np.asarray(decode(params, latents)), -1, 1)
     pairs += [(ours, latents), (back, decoded)]
@@ -378,8 +313,8 @@ def wan_vae() -> dict:
       error = relative_error(chunked, once)
       assert error <= 1e-5, f"chunked differs from whole by {error}"
     low.append((encode(params, frames.astype("bfloat16")), latents))
-  frames = np.tanh(_noise(1, 9, 64, 64, 3))
-  return _row(
+  frames = np.tanh(noise(1, 9, 64, 64, 3))
+  return row(
     "Wan 2.1 video VAE", "diffusers AutoencoderKLWan", pairs, low,
     "base 8; 1, 9 and 13 frames, both ways, clipped as there; chunked equals whole within 1e-5; both namings",
     lambda: decode(params, encode(params, frames)).block_until_ready(), lambda: _vae_reference(model, frames),
@@ -387,144 +322,10 @@ def wan_vae() -> dict:
 
 
 def wan_vae_fixture() -> Fixture:
-  model = _wan_vae(4, [1, 2, 2], 1, [False, True], 3, 4)
-  frames = np.tanh(_noise(1, 5, 8, 12, 3))
+  model = wan_vae_model(4, [1, 2, 2], 1, [False, True], 3, 4)
+  frames = np.tanh(noise(1, 5, 8, 12, 3))
   latents, decoded = _vae_reference(model, frames)
-  return Fixture(_facts(model), _numpy(model), {"frames": frames}, {"latents": latents, "decoded": decoded})
-
-
-# ---- text ------------------------------------------------------------------------------------------------------------
-
-
-def _t5(kind: str, width: int, heads: int, head: int, ffn: int, layers: int, vocabulary: int, seed: int) -> Any:
-  import transformers
-
-  shapes = {
-    "d_model": width, "num_heads": heads, "d_kv": head, "d_ff": ffn, "num_layers": layers, "vocab_size": vocabulary,
-    "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "is_encoder_decoder": False, "use_cache": False,
-  }  # fmt: skip
-  if kind == "umt5":
-    return _random(transformers.UMT5EncoderModel(transformers.UMT5Config(**shapes)), seed)
-  return _random(transformers.T5EncoderModel(transformers.T5Config(**shapes)), seed)
-
-
-def _tokens(vocabulary: int, lengths: tuple[int, ...], seed: int = 0) -> dict[str, np.ndarray]:
-  most = max(lengths)
-  tokens = np.random.default_rng(seed).integers(3, vocabulary, (len(lengths), most)).astype(np.int32)
-  mask = np.arange(most) < np.array(lengths)[:, None]
-  return {"tokens": np.where(mask, tokens, 0).astype(np.int32), "mask": mask}
-
-
-def _text_reference(model: Any, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
-  import torch
-
-  with torch.no_grad():
-    tokens, mask = torch.from_numpy(inputs["tokens"]).long(), torch.from_numpy(inputs["mask"]).long()
-    y = model(input_ids=tokens, attention_mask=mask).last_hidden_state.numpy()
-  return np.where(inputs["mask"][..., None], y, 0)
-
-
-def _text_case(part: str, reference: str, model: Any, inputs: Mapping[str, np.ndarray], note: str) -> dict:
-  import jax
-  import jax.numpy as jnp
-
-  from kling_jax.nn import params as params_lib
-
-  graph, params = loaded(model, model.config.to_dict())
-  run = jax.jit(lambda params, t, m: params_lib.merge(graph, params)(t, m))
-  low = jax.jit(lambda params, t, m: params_lib.merge(graph, params)(t, m, dtype=jnp.bfloat16))
-  theirs, given = _text_reference(model, inputs), (inputs["tokens"], inputs["mask"])
-  return _row(
-    part, reference, [(run(params, *given), theirs)], [(low(params, *given), theirs)], note,
-    lambda: run(params, *given).block_until_ready(), lambda: _text_reference(model, inputs),
-  )  # fmt: skip
-
-
-def t5() -> dict:
-  model = _t5("t5", 96, 4, 32, 192, 3, 300, 5)
-  inputs = _tokens(300, (150, 1, 37))
-  return _text_case("T5 v1.1 encoder", "transformers T5EncoderModel", model, inputs,
-                    "3 layers, one table of distances; 1, 37 and 150 tokens, padded")  # fmt: skip
-
-
-def umt5() -> dict:
-  model = _t5("umt5", 96, 4, 16, 192, 3, 300, 6)
-  inputs = _tokens(300, (150, 1, 37))
-  return _text_case("umT5 encoder", "transformers UMT5EncoderModel", model, inputs,
-                    "3 layers, a table of distances each; 1, 37 and 150 tokens, padded")  # fmt: skip
-
-
-def t5_fixture() -> Fixture:
-  model = _t5("t5", 32, 2, 24, 48, 2, 40, 7)
-  inputs = _tokens(40, (11, 1, 150))
-  return Fixture(_facts(model), _numpy(model), inputs, {"text": _text_reference(model, inputs)})
-
-
-def umt5_fixture() -> Fixture:
-  model = _t5("umt5", 32, 2, 24, 48, 2, 40, 8)
-  inputs = _tokens(40, (11, 1, 150))
-  return Fixture(_facts(model), _numpy(model), inputs, {"text": _text_reference(model, inputs)})
-
-
-def _clip(width: int, heads: int, layers: int, vocabulary: int, activation: str, seed: int) -> Any:
-  import transformers
-
-  return _random(transformers.CLIPTextModelWithProjection(transformers.CLIPTextConfig(
-    vocab_size=vocabulary, hidden_size=width, intermediate_size=3 * width, num_attention_heads=heads, eos_token_id=1,
-    num_hidden_layers=layers, max_position_embeddings=77, projection_dim=width // 2, hidden_act=activation,
-    bos_token_id=0, pad_token_id=1,
-  )), seed)  # fmt: skip
-
-
-def _clip_inputs(vocabulary: int, lengths: tuple[int, ...]) -> dict[str, np.ndarray]:
-  given = _tokens(vocabulary, lengths)
-  end = np.arange(given["mask"].shape[1]) >= np.array(lengths)[:, None] - 1  # the end token, also as padding
-  return {"tokens": np.where(end, 1, given["tokens"]).astype(np.int32), "mask": given["mask"]}
-
-
-def _clip_reference(model: Any, inputs: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-  import torch
-
-  with torch.no_grad():
-    tokens, mask = torch.from_numpy(inputs["tokens"]).long(), torch.from_numpy(inputs["mask"]).long()
-    y = model(input_ids=tokens, attention_mask=mask)
-  return np.where(inputs["mask"][..., None], y.last_hidden_state.numpy(), 0), y.text_embeds.numpy()
-
-
-def clip_text() -> dict:
-  import jax
-  import jax.numpy as jnp
-
-  from kling_jax.nn import params as params_lib
-
-  pairs, low = [], []
-  inputs = _clip_inputs(120, (77, 2, 20))
-  for number, activation in enumerate(("quick_gelu", "gelu")):
-    model = _clip(128, 4, 3, 120, activation, 9 + number)
-    graph, params = loaded(model, model.config.to_dict())
-
-    def both(params: Any, tokens: Any, mask: Any, dtype: Any, graph: Any = graph) -> Any:
-      tower = params_lib.merge(graph, params)
-      text = tower(tokens, mask, dtype=dtype)
-      return text, tower.pooled(text, mask)
-
-    run = jax.jit(both, static_argnums=3)
-    theirs = _clip_reference(model, inputs)
-    given = (params, inputs["tokens"], inputs["mask"])
-    pairs += zip(run(*given, jnp.float32), theirs, strict=True)
-    low += zip(run(*given, jnp.bfloat16), theirs, strict=True)
-  return _row(
-    "CLIP text tower", "transformers CLIPTextModelWithProjection", pairs, low,
-    "3 layers, QuickGELU and GELU; 2, 20 and 77 tokens, padded; every token and the whole text",
-    lambda: jax.block_until_ready(run(*given, jnp.float32)), lambda: _clip_reference(model, inputs),
-  )  # fmt: skip
-
-
-def clip_text_fixture() -> Fixture:
-  model = _clip(32, 2, 2, 40, "quick_gelu", 11)
-  inputs = _clip_inputs(40, (9, 2, 20))
-  text, pooled = _clip_reference(model, inputs)
-  return Fixture(_facts(model), _numpy(model), inputs, {"text": text, "pooled": pooled})
+  return Fixture(facts_of(model), weights_of(model), {"frames": frames}, {"latents": latents, "decoded": decoded})
 
 
 # ---- Stable Diffusion's VAE ------------------------------------------------------------------------------------------
@@ -534,7 +335,7 @@ def _sd_vae(widths: tuple[int, ...], blocks: int, channels: int, groups: int, se
   from diffusers import AutoencoderKL
 
   stages = len(widths)
-  return _random(AutoencoderKL(
+  return randomised(AutoencoderKL(
     block_out_channels=widths, layers_per_block=blocks, latent_channels=channels, norm_num_groups=groups,
     down_block_types=("DownEncoderBlock2D",) * stages, up_block_types=("UpDecoderBlock2D",) * stages, sample_size=32,
   ), seed)  # fmt: skip
@@ -562,12 +363,12 @@ def sd_vae() -> dict:
   decode = jax.jit(lambda params, z: params_lib.merge(graph, params).decode(z))
   pairs, low = [], []
   for size in ((3, 32, 48), (1, 36, 20)):
-    frames = np.tanh(_noise(1, *size, 3))
+    frames = np.tanh(noise(1, *size, 3))
     latents, decoded = _sd_reference(model, frames)
     pairs += [(encode(params, frames), latents), (decode(params, latents), decoded)]
     low += [(encode(params, frames.astype("bfloat16")), latents), (decode(params, latents.astype("bfloat16")), decoded)]
-  frames = np.tanh(_noise(1, 2, 64, 64, 3))
-  return _row(
+  frames = np.tanh(noise(1, 2, 64, 64, 3))
+  return row(
     "Stable Diffusion image VAE", "diffusers AutoencoderKL", pairs, low,
     "three stages of 16, 32, 32; frames of 32 x 48 and 36 x 20, both ways",
     lambda: decode(params, encode(params, frames)).block_until_ready(), lambda: _sd_reference(model, frames),
@@ -576,16 +377,13 @@ def sd_vae() -> dict:
 
 def sd_vae_fixture() -> Fixture:
   model = _sd_vae((8, 16), 1, 4, 4, 13)
-  frames = np.tanh(_noise(1, 2, 8, 12, 3))
+  frames = np.tanh(noise(1, 2, 8, 12, 3))
   latents, decoded = _sd_reference(model, frames)
-  return Fixture(_facts(model), _numpy(model), {"frames": frames}, {"latents": latents, "decoded": decoded})
+  return Fixture(facts_of(model), weights_of(model), {"frames": frames}, {"latents": latents, "decoded": decoded})
 
 
 CASES = {
   "wan_dit": wan_dit, "wan_dit_deep": wan_dit_deep, "lora": lora, "export": export, "wan_vae": wan_vae,
-  "t5": t5, "umt5": umt5, "clip_text": clip_text, "sd_vae": sd_vae,
+  "sd_vae": sd_vae,
 }  # fmt: skip
-FIXTURES = {
-  "wan_dit": wan_dit_fixture, "lora": lora_fixture, "wan_vae": wan_vae_fixture, "t5": t5_fixture, "umt5": umt5_fixture,
-  "clip_text": clip_text_fixture, "sd_vae": sd_vae_fixture,
-}  # fmt: skip
+FIXTURES = {"wan_dit": wan_dit_fixture, "lora": lora_fixture, "wan_vae": wan_vae_fixture, "sd_vae": sd_vae_fixture}
