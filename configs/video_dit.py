@@ -46,6 +46,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
   c.model.conditions = ("motion", "aesthetic", "clarity")  # scores that the model is told, in this order
   c.model.told = "adaln"  # adaln, or caption: their numbers behind the caption (Open-Sora's way)
   c.model.remat = "none" if args.size in ("XS", "S", "B") else "full"  # what the backward pass recomputes
+  c.model.quantize = "none"  # products of the blocks' kernels: int8 or fp8 through qwix (nn/quantized.py)
 
   c.codec = ml_collections.ConfigDict()
   c.codec.name = "vae" if large else "haar"  # haar needs no weights; vae is models/video_vae.py

@@ -263,6 +263,10 @@ def _add_sample(parser: Parser) -> None:
   parser.add_argument("--guidance_image", type=float, help="image or history scale")
   parser.add_argument("--rescale", type=float, help="guidance rescale, 0 to 1")
   parser.add_argument("--batch", type=int, help="videos a network call")
+  parser.add_argument("--quantize", help="none, int8, fp8: how the blocks' products are taken (default: as trained)")
+  parser.add_argument("--calibrate_cache", help="file to write: a step cache of this checkpoint and these settings")
+  parser.add_argument("--cache", help="file that --calibrate_cache wrote: skips network calls that change little")
+  parser.add_argument("--cache_error", type=float, help="error that skipping may add up to; 0 skips nothing")
   parser.add_argument("--lora", action="append", default=[], help="LoRA file or folder, or FILE=SCALE; several add up")
   parser.add_argument(
     "--rewrite", help="OpenAI-compatible server that lengthens prompts, e.g. http://localhost:8000/v1"
@@ -292,10 +296,14 @@ def _sample(args: argparse.Namespace) -> int:
   settings = sample.Settings(
     frames=args.frames, height=height, width=width, fps=args.fps, steps=args.steps, method=args.sampler,
     shift=args.shift, text=args.guidance, scores_scale=args.guidance_scores, image_scale=args.guidance_image,
-    rescale=args.rescale, batch=args.batch,
+    rescale=args.rescale, batch=args.batch, quantize=args.quantize, cache=args.cache,
+    cache_error=sample.CACHE_ERROR if args.cache_error is None else args.cache_error,
   )  # fmt: skip
   rewriter = (args.rewrite, args.rewrite_model) if args.rewrite else None
-  for path in sample.run(args.workdir, rows, args.out, settings, step=args.step, rewriter=rewriter, loras=args.lora):
+  for path in sample.run(
+    args.workdir, rows, args.out, settings, step=args.step, rewriter=rewriter, loras=args.lora,
+    calibrate=args.calibrate_cache,
+  ):  # fmt: skip
     print(path)
   return 0
 

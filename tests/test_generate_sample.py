@@ -1,5 +1,7 @@
 """Sampling from a work directory: seeds, batches, known frames, scores and files."""
 
+import dataclasses
+import json
 import pathlib
 
 import av
@@ -9,7 +11,7 @@ import pytest
 
 from kling_jax import config as config_lib
 from kling_jax.data import encode, grid
-from kling_jax.errors import ConfigError, UsageError
+from kling_jax.errors import ConfigError, UsageError, WeightsError
 from kling_jax.generate import sample
 from kling_jax.train import loop
 
@@ -112,3 +114,43 @@ def test_files_of_a_call(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
 def test_wrong_settings_name_the_legal_ones(model: sample.Model, settings: sample.Settings, message: str) -> None:
   with pytest.raises(ConfigError, match=message):
     model([sample.Request("x")], settings)
+
+
+def test_a_step_cache_skips_what_its_calibration_allows(model: sample.Model, tmp_path: pathlib.Path) -> None:
+  """Nothing at error 0, to the bit; the second of two calls at error 9: the residual of the first stands for it."""
+  requests = [sample.Request(f"a red circle {seed}", seed=seed) for seed in range(3)]
+  dense = model(requests, QUICK)
+  cached = lambda error: dataclasses.replace(QUICK, cache=str(tmp_path / "cache.json"), cache_error=error)
+  np.testing.assert_array_equal(model.calibrate(requests, QUICK, tmp_path / "cache.json"), dense)
+  np.testing.assert_array_equal(model(requests, cached(0.0)), dense)
+  skipped = model(requests, cached(9.0))
+  np.testing.assert_array_equal(skipped, model(requests, cached(9.0)))
+  assert np.abs(np.stack(skipped).astype(int) - dense).max() > 0
+  held = json.loads((tmp_path / "cache.json").read_text())
+  assert held["videos"] == 3 and held["ratio"][0] == 1.0 and held["ratio"][1] != 1.0
+
+  with pytest.raises(WeightsError, match="another sampler: shift 1.0 there and 2.0 here; calibrate again"):
+    model(requests, dataclasses.replace(cached(0.1), shift=2.0))
+  params = model.params
+  try:
+    model.params = {**params, "null_text": params["null_text"] + 1}
+    with pytest.raises(WeightsError, match="another checkpoint"):
+      model(requests, cached(0.1))
+  finally:
+    model.params = params
+  (tmp_path / "cache.json").write_text("{}")
+  with pytest.raises(WeightsError, match="is no step cache .*--calibrate_cache FILE"):
+    model(requests, cached(0.1))
+
+
+def test_branches_of_one_video_share_the_devices(model: sample.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+  """Guided, a video is two rows of a network call: four videos fill eight devices, and are what eight give."""
+  made = []
+  monkeypatch.setattr(
+    sample.Model, "_keys", lambda self, rows, keys=sample.Model._keys: made.append(len(rows)) or keys(self, rows)
+  )
+  guided = dataclasses.replace(QUICK, text=3.0)
+  requests = [sample.Request("a red circle", seed=seed) for seed in range(8)]
+  alone = model(requests[5:6], guided)
+  among = model(requests, guided)
+  assert made == [4, 8] and np.abs(alone[0].astype(int) - among[5]).max() <= 1

@@ -15,6 +15,7 @@ With exp(-h) = (a b') / (a' b) the last one is x' = (b' / b) (x - a D) + a' D: f
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +25,10 @@ from kling_jax.diffusion.process import Estimate, Process
 from kling_jax.errors import ConfigError, nearest
 
 Predict = Callable[[jax.Array, jax.Array], jax.Array]
-_Estimate = Callable[[jax.Array, jax.Array], Estimate]
+Remembering = Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
+_Estimate = Callable[[jax.Array, jax.Array, Any], tuple[Estimate, Any]]
 _Row = dict[str, jax.Array]
+_Carry = tuple[jax.Array, jax.Array, Any]  # x, the last estimate of x0, the network's memory
 
 
 def times(steps: int, shift: float = 1.0) -> jax.Array:
@@ -59,19 +62,42 @@ def sample(predict: Predict, noise: jax.Array, times: jax.Array, process: Proces
   Raises:
     ConfigError: an unknown method.
   """
+  forgetful = lambda x, time, memory: (predict(x, time), memory)
+  return sample_remembering(forgetful, noise, times, process, method, ())[0]
+
+
+def sample_remembering(
+  predict: Remembering, noise: jax.Array, times: jax.Array, process: Process, method: str, memory: Any
+) -> tuple[jax.Array, Any]:
+  """`sample` with a network that is handed on what its last call left behind.
+
+  Args:
+    predict: (x, time, memory) -> (raw output, memory of the same shapes).
+    noise, times, process, method: as in `sample`.
+    memory: any pytree of arrays, for the first call.
+
+  Returns:
+    The state at times[-1], and what the last call left.
+  """
   if method not in _STEPS:
     raise ConfigError(f"unknown sampler {method!r}{nearest(method, _STEPS)}")
   step = _STEPS[method]
 
-  def estimate(x: jax.Array, time: jax.Array) -> Estimate:
-    return process.estimate(predict(x, time), x, time)
+  def estimate(x: jax.Array, time: jax.Array, memory: Any) -> tuple[Estimate, Any]:
+    output, memory = predict(x, time, memory)
+    return process.estimate(output, x, time), memory
 
-  def body(carry: tuple[jax.Array, jax.Array], row: _Row) -> tuple[tuple[jax.Array, jax.Array], None]:
+  def body(carry: _Carry, row: _Row) -> tuple[_Carry, None]:
     return step(estimate, *carry, row), None
 
   x = noise.astype(jnp.float32)
-  (x, _), _ = jax.lax.scan(body, (x, jnp.zeros_like(x)), _rows(times, process))
-  return x
+  (x, _, memory), _ = jax.lax.scan(body, (x, jnp.zeros_like(x), memory), _rows(times, process))
+  return x, memory
+
+
+def calls(steps: int, method: str) -> int:
+  """Network calls of `steps` steps that end at time 0."""
+  return 2 * steps - 1 if method == "heun" else steps
 
 
 def _rows(times: jax.Array, process: Process) -> _Row:
@@ -100,28 +126,32 @@ def _straight_step(x: jax.Array, velocity: jax.Array, row: _Row) -> jax.Array:
   return norm_next * (x / norm + (row["b_next"] / norm_next - row["b"] / norm) * velocity)
 
 
-def _euler(estimate: _Estimate, x: jax.Array, x0_last: jax.Array, row: _Row) -> tuple[jax.Array, jax.Array]:
-  here = estimate(x, row["time"])
-  return _straight_step(x, here.velocity, row), here.x0
+def _euler(estimate: _Estimate, x: jax.Array, x0_last: jax.Array, memory: Any, row: _Row) -> _Carry:
+  here, memory = estimate(x, row["time"], memory)
+  return _straight_step(x, here.velocity, row), here.x0, memory
 
 
-def _heun(estimate: _Estimate, x: jax.Array, x0_last: jax.Array, row: _Row) -> tuple[jax.Array, jax.Array]:
-  here = estimate(x, row["time"])
+def _heun(estimate: _Estimate, x: jax.Array, x0_last: jax.Array, memory: Any, row: _Row) -> _Carry:
+  here, memory = estimate(x, row["time"], memory)
   guess = _straight_step(x, here.velocity, row)
-  mean_velocity = lambda: (here.velocity + estimate(guess, row["time_next"]).velocity) / 2
-  velocity = jax.lax.cond(row["b_next"] > 0, mean_velocity, lambda: here.velocity)
-  return _straight_step(x, velocity, row), here.x0
+
+  def mean_velocity() -> tuple[jax.Array, Any]:
+    there, left = estimate(guess, row["time_next"], memory)
+    return (here.velocity + there.velocity) / 2, left
+
+  velocity, memory = jax.lax.cond(row["b_next"] > 0, mean_velocity, lambda: (here.velocity, memory))
+  return _straight_step(x, velocity, row), here.x0, memory
 
 
-def _ddim(estimate: _Estimate, x: jax.Array, x0_last: jax.Array, row: _Row) -> tuple[jax.Array, jax.Array]:
-  here = estimate(x, row["time"])
-  return row["a_next"] * here.x0 + row["b_next"] * here.noise, here.x0
+def _ddim(estimate: _Estimate, x: jax.Array, x0_last: jax.Array, memory: Any, row: _Row) -> _Carry:
+  here, memory = estimate(x, row["time"], memory)
+  return row["a_next"] * here.x0 + row["b_next"] * here.noise, here.x0, memory
 
 
-def _dpmpp_2m(estimate: _Estimate, x: jax.Array, x0_last: jax.Array, row: _Row) -> tuple[jax.Array, jax.Array]:
-  here = estimate(x, row["time"])
+def _dpmpp_2m(estimate: _Estimate, x: jax.Array, x0_last: jax.Array, memory: Any, row: _Row) -> _Carry:
+  here, memory = estimate(x, row["time"], memory)
   x0 = here.x0 + row["correction"] * (here.x0 - x0_last)
-  return row["b_next"] / row["b"] * (x - row["a"] * x0) + row["a_next"] * x0, here.x0
+  return row["b_next"] / row["b"] * (x - row["a"] * x0) + row["a_next"] * x0, here.x0, memory
 
 
 _STEPS = {"euler": _euler, "heun": _heun, "ddim": _ddim, "dpmpp_2m": _dpmpp_2m}

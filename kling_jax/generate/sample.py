@@ -15,13 +15,16 @@ from kling_jax import progress
 from kling_jax.data import conditions as conditions_lib
 from kling_jax.data import decode, encode, grid
 from kling_jax.data.tokens import ByteTokenizer
+from kling_jax.diffusion import guidance
+from kling_jax.diffusion.step_cache import schedule
 from kling_jax.errors import ConfigError, DataError, UsageError, WeightsError, nearest
-from kling_jax.generate import rewrite
+from kling_jax.generate import rewrite, step_cache
 from kling_jax.interop import lora
 from kling_jax.nn import rng
 from kling_jax.train import encoders, sharding, task, workdir
 from kling_jax.train.checkpoint import Checkpoints
 
+CACHE_ERROR = 0.05  # what it spares and costs: docs/results.md
 LEVELS = {"low": 0.0, "mid": 500.0, "high": 1000.0}  # of the normalised score: 1st percentile, middle, 99th
 
 
@@ -52,6 +55,9 @@ class Settings:
     frames, height, width: in pixels; fps of the file.
     steps, method, shift, text, scores_scale, image_scale, rescale: of the sampler and the guidance.
     batch: videos a network call; None = as many as there are, at most 8 a device.
+    quantize: none, int8 or fp8: how the blocks' products are taken (nn/quantized.py).
+    cache: a file that `calibrate` wrote: network calls are skipped as it allows.
+    cache_error: how much error a skipped stretch may add up to (diffusion/step_cache.py); 0 skips nothing.
   """
 
   frames: int | None = None
@@ -66,6 +72,9 @@ class Settings:
   image_scale: float | None = None
   rescale: float | None = None
   batch: int | None = None
+  quantize: str | None = None
+  cache: str | None = None
+  cache_error: float = CACHE_ERROR
 
 
 class Model:
@@ -127,28 +136,60 @@ class Model:
     return frames, height, width
 
   def __call__(self, requests: Sequence[Request], settings: Settings = Settings()) -> list[np.ndarray]:
-    """Samples one video a request: uint8 (T, H, W, 3) each, in order."""
-    size = self.size(settings)
-    recipe = self.task.recipe(
-      *size, steps=settings.steps, method=settings.method, shift=settings.shift, text=settings.text,
-      scores=settings.scores_scale, image=settings.image_scale, rescale=settings.rescale,
+    """Samples one video a request: uint8 (T, H, W, 3) each, in order.
+
+    Raises:
+      WeightsError: the step cache of the settings belongs to another checkpoint or sampler.
+    """
+    recipe, compute_C = self.recipe(settings), None
+    if settings.cache is not None:
+      ratio_C = step_cache.read(settings.cache, step_cache.owner(self.params, recipe))
+      compute_C = schedule(ratio_C, settings.cache_error)
+    return self._run(requests, settings, recipe, compute_C)[0]
+
+  def calibrate(self, requests: Sequence[Request], settings: Settings, out: str | pathlib.Path) -> list[np.ndarray]:
+    """Samples with every network call computed, and writes `out`, the file of a step cache for these settings."""
+    recipe = self.recipe(settings)
+    compute_C = np.ones(self.task.calls(recipe), bool)
+    videos, ratios_CB = self._run(requests, settings, recipe, compute_C)
+    step_cache.write(out, step_cache.owner(self.params, recipe), ratios_CB)
+    return videos
+
+  def recipe(self, settings: Settings) -> Any:
+    """The task's recipe of these settings."""
+    return self.task.recipe(
+      *self.size(settings), steps=settings.steps, method=settings.method, shift=settings.shift, text=settings.text,
+      scores=settings.scores_scale, image=settings.image_scale, rescale=settings.rescale, quantize=settings.quantize,
     )  # fmt: skip
+
+  def _run(
+    self, requests: Sequence[Request], settings: Settings, recipe: Any, compute_C: np.ndarray | None
+  ) -> tuple[list[np.ndarray], np.ndarray]:
+    """Videos in order, and with `compute_C` the ratios (C, B) that the step cache measured."""
+    size = recipe.frames, recipe.height, recipe.width
+    # All guidance branches of a video are rows of one network call, and it is these that must fill the devices.
     ways = sharding.batch_ways(self.mesh)
+    unit = ways // math.gcd(ways, len(guidance.branches(recipe.guidance)))
     rows = settings.batch or min(len(requests), 8 * ways)
-    rows = math.ceil(rows / ways) * ways
+    rows = math.ceil(rows / unit) * unit
     negative = any(request.negative for request in requests)
     known = any(request.image or request.video for request in requests)
-    key = (recipe, negative, known)
+    cached = compute_C is not None
+    key = (recipe, negative, known, cached)
     if key not in self._samplers:
-      self._samplers[key] = self.task.sampler(recipe, negative=negative)
+      self._samplers[key] = self.task.sampler(recipe, negative=negative, mesh=self.mesh, cached=cached)
     videos: list[np.ndarray] = []
+    ratios = []
     chunks = [requests[start : start + rows] for start in range(0, len(requests), rows)]
     for chunk in progress.track(chunks, "sample"):
       padded = list(chunk) + [chunk[-1]] * (rows - len(chunk))
       batch = self._batch(padded, size, settings.fps or self.config.data.fps, negative, known)
-      frames = self._samplers[key](self.params, sharding.put_batch(self.mesh, batch), self._keys(padded))
+      batch = sharding.put_batch(self.mesh, batch) if rows % ways == 0 else sharding.put_whole(self.mesh, batch)
+      answer = self._samplers[key](self.params, batch, self._keys(padded), *((compute_C,) if cached else ()))
+      frames, ratio_CB = answer if cached else (answer, np.zeros((0, rows)))
       videos += list(np.asarray(frames)[: len(chunk)])
-    return videos
+      ratios.append(np.asarray(ratio_CB)[:, : len(chunk)])
+    return videos, np.concatenate(ratios, axis=1)
 
   def _keys(self, requests: Sequence[Request]) -> jax.Array:
     return jax.vmap(lambda seed: rng.sample_keys(jax.random.key(seed), 0, np.zeros(1, np.uint32))[0])(
@@ -281,15 +322,19 @@ def run(
   step: int | None = None,
   rewriter: tuple[str, str] | None = None,
   loras: Sequence[str] = (),
+  calibrate: str | None = None,
 ) -> list[pathlib.Path]:
   """Loads the model, samples the requests `rows` and writes the files.
 
   Args:
+    calibrate: file of a step cache to write, measured on these requests.
     rewriter: (server, model) of a prompt rewriter, or None.
     loras: see `Model`.
   """
   if pathlib.Path(out).suffix.lower() != ".mp4":
     raise UsageError(f"--out {out} must end in .mp4")
+  if calibrate and settings.cache:
+    raise UsageError("--calibrate_cache measures a run without a cache; leave --cache out")
   if rewriter is not None:
     rows = [{**row, "prompt": rewrite.rewrite(row["prompt"], *rewriter)} for row in rows]
   requests = [Request(**row) for row in rows]
@@ -299,7 +344,7 @@ def run(
         raise UsageError(f"there is no file {source}")
   model = Model(folder, step, loras)
   fps = settings.fps or model.config.data.fps
-  videos = model(requests, settings)
+  videos = model.calibrate(requests, settings, calibrate) if calibrate else model(requests, settings)
   return write([_whole(request, video, model, fps) for request, video in zip(requests, videos, strict=True)], out, fps)
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from kling_jax.models.text_encoder import ByteTextEncoder
-from kling_jax.models.video_dit import VideoDiT, VideoDiTConfig
+from kling_jax.models.video_dit import Around, VideoDiT, VideoDiTConfig
 from kling_jax.nn import lora as lora_lib
 from kling_jax.nn.weights import used
 
@@ -106,8 +106,13 @@ class TextToVideo(nnx.Module):
       c = dataclasses.replace(c, known_BT=c.known_BT & ~dropped["image"][:, None])
     return c
 
-  def __call__(self, x_BTHWC: jax.Array, time_B: jax.Array, conditions: Conditions) -> jax.Array:
-    """The DiT's prediction; known frames are shown clean, at time 0. Returns float32 in the shape of x."""
+  def __call__(
+    self, x_BTHWC: jax.Array, time_B: jax.Array, conditions: Conditions, around: Around | None = None
+  ) -> Any:
+    """The DiT's prediction; known frames are shown clean, at time 0. Returns float32 in the shape of x.
+
+    With `around` (see VideoDiT), (prediction, what it hands on).
+    """
     c = conditions
     time = time_B
     text_BLD, text_mask_BL = c.text_BLD, None if self.text_padding else c.text_mask_BL
@@ -118,5 +123,6 @@ class TextToVideo(nnx.Module):
       x_BTHWC = jnp.where(known, c.clean_BTHWC.astype(x_BTHWC.dtype), x_BTHWC)
       time = jnp.where(c.known_BT, 0.0, time_B[:, None])
     return self.dit(
-      x_BTHWC, time, text_BLD, text_mask_BL=text_mask_BL, scores_BM=c.scores_BM, scores_known_BM=c.scores_known_BM
-    )
+      x_BTHWC, time, text_BLD, text_mask_BL=text_mask_BL, scores_BM=c.scores_BM, scores_known_BM=c.scores_known_BM,
+      around=around,
+    )  # fmt: skip

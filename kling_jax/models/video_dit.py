@@ -3,7 +3,8 @@
 import dataclasses
 import math
 import re
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,8 @@ from kling_jax.nn.norm import LayerNorm
 from kling_jax.nn.partition import constrain
 from kling_jax.nn.rotary import angles_3d
 
+# Runs the blocks on the tokens, or something in their place: (blocks, x) -> (x after them, anything to hand on).
+Around = Callable[[Callable[[jax.Array], jax.Array], jax.Array], tuple[jax.Array, Any]]
 SAVEABLE = ("qkv", "attention", "mlp_hidden")  # the tensors of a block that a remat policy may name
 OFFLOADABLE = ("block", *SAVEABLE)  # and those that it may move to the host; "block" is the block's input
 
@@ -246,6 +249,7 @@ class VideoDiT(nnx.Module):
     state_mask_BQ: jax.Array | None = None,
     causal_frames: int | None = None,
     cache: KVCache | None = None,
+    around: Around | None = None,
     scan: bool = True,
   ):
     """Runs the network.
@@ -268,16 +272,20 @@ class VideoDiT(nnx.Module):
       causal_frames: latent frames in a causal block: a frame sees its own block and what is before it. Blocks are
         counted from the first frame of `x`. None: every frame sees every frame.
       cache: keys and values of earlier frames (`init_cache`). The frames of `x` see them and come after them.
+      around: what runs the blocks, or stands in for them (a step cache); not together with a cache.
       scan: False unrolls the layers, for reading costs off the compiled program.
 
     Returns:
-      The prediction (B, T, H, W, C) in float32; with a cache, (prediction, cache with the frames of `x` appended). A
-      sampler drops the new cache until a block is clean. A prediction beyond the room of the cache is NaN.
+      The prediction (B, T, H, W, C) in float32; with `around`, (prediction, what it hands on); with a cache,
+      (prediction, cache with the frames of `x` appended). A sampler drops the new cache until a block is clean. A
+      prediction beyond the room of the cache is NaN.
 
     Raises:
       ConfigError: inputs that do not fit the config or one another.
     """
     self._check(x_BTHWC, time, scores_BM, fps_B, context_BTHWC, context_mask_BT, state_BQD, cache)
+    if cache is not None and around is not None:
+      raise ConfigError("a cache of keys and `around` are given together: without its blocks a call has no keys")
     dtype, batch, frames = x_BTHWC.dtype, x_BTHWC.shape[0], x_BTHWC.shape[1]
     time_BT = jnp.asarray(time, jnp.float32).reshape(batch, -1)
     context_frames = 0
@@ -309,12 +317,15 @@ class VideoDiT(nnx.Module):
       state_mask=Mask(keys_BL=state_mask_BQ),
     )
     x_BND = constrain(self.patch(x_BTHWC), ("batch", "tokens", "embed"))
-    x_BND, new = self._run_blocks(x_BND, given, cache, scan)
+    if around is None:
+      x_BND, new = self._run_blocks(x_BND, given, cache, scan)
+    else:
+      x_BND, new = around(lambda x_BND: self._run_blocks(x_BND, given, None, scan)[0], x_BND)
     if context_frames:
       x_BND, e_BTD = x_BND[:, context_frames * frame_tokens :], e_BTD[:, context_frames:]
     y_BTHWC = unpatchify(self.head(x_BND, spread(e_BTD, x_BND.shape[1])), self.config.patch, (frames, *grid[1:]))
     if cache is None:
-      return y_BTHWC
+      return y_BTHWC if around is None else (y_BTHWC, new)
     fits = held + x_BND.shape[1] <= cache.k_SBLKE.shape[2]
     return jnp.where(fits, y_BTHWC, jnp.nan), cache.append(*new)
 

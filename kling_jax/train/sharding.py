@@ -247,6 +247,11 @@ def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Arra
   return {name: jax.make_array_from_process_local_data(sharding, v, whole(v)) for name, v in batch.items()}
 
 
+def put_whole(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+  """Moves rows that do not divide onto every device."""
+  return {name: jax.device_put(value, NamedSharding(mesh, P())) for name, value in batch.items()}
+
+
 def data_part(mesh: Mesh) -> tuple[int, int]:
   """(index, count): of how many equal parts of each global batch this process feeds which.
 

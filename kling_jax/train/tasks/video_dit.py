@@ -1,5 +1,6 @@
 """Task `video_dit`: diffusion training of the text-to-video model on clips with captions and scores."""
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from kling_jax.data import conditions as conditions_lib
 from kling_jax.data import mixture, pipeline
@@ -19,6 +21,7 @@ from kling_jax.diffusion import guidance as guidance_lib
 from kling_jax.diffusion import loss as loss_lib
 from kling_jax.diffusion import process as process_lib
 from kling_jax.diffusion import sampler as sampler_lib
+from kling_jax.diffusion import step_cache
 from kling_jax.diffusion import time as time_lib
 from kling_jax.errors import ConfigError, DataError, nearest
 from kling_jax.models import flops, latents, video_dit
@@ -26,9 +29,9 @@ from kling_jax.models.text_to_video import Conditions, TextToVideo
 from kling_jax.models.video_vae import VideoVAE, VideoVAEConfig
 from kling_jax.nn import lora as lora_lib
 from kling_jax.nn import params as params_lib
-from kling_jax.nn import rng
+from kling_jax.nn import quantized, rng
 from kling_jax.nn.params import Params
-from kling_jax.train import encoders, sharding
+from kling_jax.train import attention, encoders, sharding
 from kling_jax.train.sharding import Extent
 from kling_jax.train.task import Batch, Task
 
@@ -47,6 +50,7 @@ class Recipe:
     frames, height, width: of the video in pixels.
     steps, method, shift: of the sampler.
     guidance: scales for text, scores and image.
+    quantize: of the blocks' products, `nn.quantized.MODES`.
   """
 
   frames: int
@@ -56,6 +60,7 @@ class Recipe:
   method: str
   shift: float
   guidance: guidance_lib.Guidance
+  quantize: str
 
 
 class VideoDiTTask(Task):
@@ -73,6 +78,7 @@ class VideoDiTTask(Task):
       raise ConfigError(f"config key 'model.told' = {config.model.told!r} is unknown{nearest(config.model.told, TOLD)}")
     if config.model.told == "caption" and config.text.encoder == "cached":
       raise ConfigError("config key 'model.told' = 'caption' needs text.encoder = 'bytes': caches hold bare captions")
+    quantized.check(config.model.quantize)
     super().__init__(config)
 
   # ---- model -------------------------------------------------------------------------------------------------------
@@ -232,7 +238,8 @@ class VideoDiTTask(Task):
       counted_BT = ~known_BT
 
     x_t_BTHWC = self.process.corrupt(x0_BTHWC, noise_BTHWC, time_B)
-    prediction_BTHWC = model(x_t_BTHWC.astype(self.dtype), time_B, conditions)
+    with quantized.products(c.model.quantize):
+      prediction_BTHWC = model(x_t_BTHWC.astype(self.dtype), time_B, conditions)
     target_BTHWC = self.process.target(x0_BTHWC, noise_BTHWC, time_B)
     weight_B = self.process.weight(time_B)
     return loss_lib.mse_per_sample(prediction_BTHWC, target_BTHWC, weight_B, counted_BT), {}
@@ -268,31 +275,47 @@ class VideoDiTTask(Task):
   # ---- sampling ----------------------------------------------------------------------------------------------------
 
   def recipe(self, frames: int, height: int, width: int, **changes: Any) -> Recipe:
-    """The config's sampling settings for one size; `changes` replaces steps, method, shift or guidance scales."""
+    """The config's sampling settings for one size, with `changes`: steps, method, shift, quantize, guidance scales."""
     c = self.config.sample
-    values = {"steps": c.steps, "method": c.method, "shift": self.config.diffusion.shift} | {
-      key: changes.pop(key) for key in ("steps", "method", "shift") if changes.get(key) is not None
-    }
+    values = {"steps": c.steps, "method": c.method, "shift": self.config.diffusion.shift}
+    values["quantize"] = self.config.model.quantize
+    values |= {key: changes.pop(key) for key in tuple(values) if changes.get(key) is not None}
+    quantized.check(values["quantize"])
     scales = {"text": c.text, "scores": c.scores, "image": c.image, "rescale": c.rescale}
     scales |= {key: value for key, value in changes.items() if value is not None}
     return Recipe(frames, height, width, guidance=guidance_lib.Guidance(**scales), **values)
 
-  def sampler(self, recipe: Recipe, negative: bool = False) -> Callable[[Params, Batch, jax.Array], jax.Array]:
+  def sampler(
+    self, recipe: Recipe, negative: bool = False, *, mesh: Mesh | None = None, cached: bool = False
+  ) -> Callable[..., Any]:
     """The jitted sampler of one recipe.
 
     Args:
       recipe: size, steps and guidance.
       negative: the batch carries `negative_tokens` and `negative_tokens_mask` (or `negative_text`, `..._mask`), which
         stand in for a dropped text.
+      mesh: what the network's calls are shared out on: their rows, all guidance branches of all videos, must be a
+        multiple of `sharding.batch_ways(mesh)`, and the videos alone need not be. None: where the arguments lie.
+      cached: the sampler is told which network calls to compute and measures how the step cache's residuals change.
 
     Returns:
       (params, batch, keys_B) -> frames uint8 (B, T, H, W, 3). The batch holds text and scores as in training, and
       optionally `known_frames` uint8 (B, T, H, W, 3) with `known` bool (B, t) over latent frames. Row b depends on
-      keys_B[b] alone.
+      keys_B[b] alone. With `cached`, (params, batch, keys_B, compute_C) -> (frames, ratio_CB): see
+      `diffusion.step_cache`, C being `self.calls(recipe)`.
     """
-    return jax.jit(functools.partial(self._sample, recipe, negative))
+    if cached and recipe.guidance.interval != (0.0, 1.0):
+      raise ConfigError("a step cache holds every branch of the guidance, and an interval leaves some out; drop either")
+    return jax.jit(functools.partial(self._sample, recipe, negative, mesh))
 
-  def _sample(self, recipe: Recipe, negative: bool, params: Params, batch: Batch, keys_B: jax.Array) -> jax.Array:
+  def calls(self, recipe: Recipe) -> int:
+    """Network calls (of all branches at once) that a recipe makes."""
+    return sampler_lib.calls(recipe.steps, recipe.method)
+
+  def _sample(
+    self, recipe: Recipe, negative: bool, mesh: Mesh | None, params: Params, batch: Batch, keys_B: jax.Array,
+    compute_C: jax.Array | None = None,
+  ) -> Any:  # fmt: skip
     model = self.whole(params)
     codec = self.codec(model)
     shape = codec.latent_shape(recipe.frames, recipe.height, recipe.width)
@@ -304,22 +327,45 @@ class VideoDiTTask(Task):
     instead = self._negative(model, batch) if negative else None
     stacked = _stack([_without(model, given, branch, instead) for branch in branches])
 
-    def predict_many(x_BTHWC: jax.Array, time: jax.Array, wanted: Any) -> list[jax.Array]:
-      copies = len(wanted)
+    def network(x_BTHWC: jax.Array, time: jax.Array, copies: int, memory: Any) -> tuple[list[jax.Array], Any]:
+      """`copies` predictions of each row, of all branches or of the full one; rows of one video stand together."""
+      x_BTHWC = jnp.repeat(x_BTHWC.astype(self.dtype), copies, axis=0)
       conditions = stacked if copies == len(branches) else given
-      x_BTHWC = jnp.concatenate([x_BTHWC.astype(self.dtype)] * copies)
-      return jnp.split(model(x_BTHWC, jnp.full((x_BTHWC.shape[0],), time), conditions), copies)
+      around = None if compute_C is None else lambda blocks, x: step_cache.around(blocks, x, memory, compute_C)
+      with (
+        contextlib.nullcontext()
+        if mesh is None
+        else sharding.activations(mesh, choice=attention.Choice.of(self.config))
+      ):
+        y = model(x_BTHWC, jnp.full((x_BTHWC.shape[0],), time), conditions, around)
+      y_BTHWC, memory = (y, memory) if around is None else y
+      y = y_BTHWC.reshape(-1, copies, *y_BTHWC.shape[1:])
+      return [y[:, copy] for copy in range(copies)], memory
 
-    predict = guidance_lib.guided(
-      lambda x, time, drop: predict_many(x, time, (drop,))[0], recipe.guidance, predict_many=predict_many
-    )
+    def predict(x_BTHWC: jax.Array, time: jax.Array, memory: Any) -> tuple[jax.Array, Any]:
+      left = [memory]  # where the network's call is made inside of `guided`
+
+      def many(x: jax.Array, time: jax.Array, wanted: Any) -> list[jax.Array]:
+        predictions, left[0] = network(x, time, len(wanted), memory)
+        return predictions
+
+      one = lambda x, time, drop: many(x, time, (drop,))[0]
+      guided = guidance_lib.guided(one, recipe.guidance, predict_many=many)(x_BTHWC, time)
+      return guided, memory if compute_C is None else left[0]
+
     noise_BTHWC = rng.normal(rng.stream(keys_B, "noise"), shape)
     times = sampler_lib.times(recipe.steps, recipe.shift)
-    x0_BTHWC = sampler_lib.sample(predict, noise_BTHWC, times, self.process, recipe.method)
+    memory: Any = ()
+    if compute_C is not None:
+      tokens = len(branches) * noise_BTHWC.shape[0], math.prod(self.dit.grid(*shape[:3])), self.dit.width
+      memory = step_cache.start(tokens, self.dtype, self.calls(recipe))
+    x0_BTHWC, memory = sampler_lib.sample_remembering(predict, noise_BTHWC, times, self.process, recipe.method, memory)
     if given.known_BT is not None and given.clean_BTHWC is not None:
       x0_BTHWC = jnp.where(given.known_BT[:, :, None, None, None], given.clean_BTHWC, x0_BTHWC)
-    pixels = jnp.clip((codec.decode(x0_BTHWC) + 1) * 127.5, 0, 255)
-    return jnp.round(pixels).astype(jnp.uint8)
+    pixels = jnp.round(jnp.clip((codec.decode(x0_BTHWC) + 1) * 127.5, 0, 255)).astype(jnp.uint8)
+    if compute_C is None:
+      return pixels
+    return pixels, memory.ratio_CB.reshape(-1, noise_BTHWC.shape[0], len(branches)).mean(-1)
 
   def _negative(self, model: TextToVideo, batch: Batch) -> tuple[jax.Array, jax.Array]:
     prefix = "negative_"
@@ -361,7 +407,8 @@ def _without(
 
 
 def _stack(parts: list[Conditions]) -> Conditions:
-  return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
+  """One row a video and part, those of a video together: cut over devices, a video's rows then stay on one."""
+  return jax.tree.map(lambda *leaves: jnp.stack(leaves, 1).reshape(-1, *leaves[0].shape[1:]), *parts)
 
 
 TASK = VideoDiTTask
