@@ -13,6 +13,7 @@ from kling_jax.data.memory_world_frames import MemoryWorld, render, truth, walk_
 from kling_jax.data.named import COLOURS
 from kling_jax.data.open import open_source
 from kling_jax.data.source import ClipSource
+from kling_jax.data.tokens import WordTokenizer
 from kling_jax.errors import ConfigError, DataError, UsageError
 
 STORIES = [memory_world.story(11, index, 24) for index in range(60)]
@@ -22,6 +23,16 @@ def test_a_longer_story_continues_a_shorter_one_and_seeds_differ():
   assert memory_world.story(3, 5, 40).states[:13] == memory_world.story(3, 5, 12).states
   assert memory_world.story(3, 5, 12) != memory_world.story(4, 5, 12)
   assert len({story.states[0] for story in STORIES}) == len(STORIES)
+
+
+def test_the_words_are_those_of_its_sentences_and_scenes():
+  said = [text for story in STORIES for text in (*story.sentences, *map(memory_world.scene, story.states))]
+  assert {word for text in said for word in re.findall(r"\w+|,", text)} == set(memory_world.WORDS)
+  assert len(memory_world.WORDS) == len(set(memory_world.WORDS))
+  tokenizer = WordTokenizer(26, memory_world.WORDS)
+  tokens_BL, mask_BL = tokenizer(said)
+  assert [tokenizer.decode(row) for row in tokens_BL] == said
+  assert (mask_BL.sum(1) == [tokenizer.count(text) + 2 for text in said]).all()
 
 
 GOLDEN = [

@@ -54,6 +54,40 @@ def test_it_travels_pickled_and_is_a_value():
   assert pickle.loads(pickle.dumps(tokenizer)) == tokenizer
 
 
+WORDS = (",", "a", "ball", "is", "red", "there")
+phrases = st.lists(st.sampled_from(WORDS[1:]), max_size=12)
+
+
+@hypothesis.given(st.lists(phrases, max_size=4), st.integers(3, 20))
+def test_words_decode_to_the_first_that_fit(batch, length):
+  tokenizer = tokens.WordTokenizer(length, WORDS)
+  tokens_BL, mask_BL = tokenizer([" ".join(words) for words in batch])
+  assert tokens_BL.shape == mask_BL.shape == (len(batch), length)
+  assert (tokens_BL.dtype, mask_BL.dtype) == (np.int32, np.bool_)
+  for words, row_L, mask_L in zip(batch, tokens_BL, mask_BL, strict=True):
+    kept = words[: length - 2]
+    assert tokenizer.decode(row_L) == " ".join(kept) and tokenizer.count(" ".join(words)) == len(words)
+    assert row_L[0] == tokens.BOS and row_L[len(kept) + 1] == tokens.EOS and (row_L[len(kept) + 2 :] == 0).all()
+    assert mask_L.sum() == len(kept) + 2 and (row_L[: len(kept) + 2] < tokenizer.vocabulary).all()
+
+
+def test_capitals_and_full_stops_are_overlooked_and_other_marks_are_words():
+  tokenizer = tokens.WordTokenizer(9, WORDS)
+  rows = tokenizer(["There is a ball, red", " THERE is a  ball , red. "])[0]
+  np.testing.assert_array_equal(*rows)
+  assert tokenizer.decode(rows[0]) == "there is a ball, red"
+  assert pickle.loads(pickle.dumps(tokenizer)) == tokenizer
+  for text, message in (("a bal", "'bal' of 'a bal' is not known; did you mean 'ball'"), ("a; ball", "';'")):
+    with pytest.raises(errors.DataError, match=message):
+      tokenizer([text])
+  with pytest.raises(errors.DataError, match="token 9"):
+    tokenizer.decode([9])
+  with pytest.raises(errors.ConfigError, match="3 or more"):
+    tokens.WordTokenizer(2, WORDS)
+  with pytest.raises(TypeError, match=r"\[text\]"):
+    tokenizer("a ball")
+
+
 def test_wrong_use_is_said():
   with pytest.raises(errors.ConfigError, match="3 or more"):
     tokens.ByteTokenizer(2)

@@ -32,6 +32,13 @@ LEVELS = ("top", "bottom")
 # Shares of drawn events, among the kinds that the state allows.
 SHARES = {"move": 0.24, "turn": 0.1, "hide": 0.2, "leave": 0.17, "pan": 0.16, "cut": 0.13}
 QUIET = ("move", "turn")  # all that is drawn while something is away
+# Every word of `sentence` and `scene`; their places are tokens of trained models, so new ones go to the end.
+WORDS = (
+  *(",", "a", "an", "back", "behind", "black", "blue", "bottom", "camera", "circle", "comes", "crosses", "cut", "cyan"),
+  *("down", "first", "from", "green", "grey", "hides", "in", "leaves", "left", "moves", "nothing", "on", "orange"),
+  *("out", "pans", "pink", "purple", "red", "right", "room", "square", "the", "to", "top", "triangle", "turns", "up"),
+  *("wall", "white", "with", "yellow"),
+)
 
 
 @dataclasses.dataclass(frozen=True)

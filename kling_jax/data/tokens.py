@@ -1,4 +1,4 @@
-"""Text as tokens: bytes, without a vocabulary file, and the tokenizers that come in files with pretrained encoders."""
+"""Text as tokens: bytes, words of a made-up world, and the tokenizers that come in files with pretrained encoders."""
 
 import dataclasses
 import functools
@@ -7,6 +7,7 @@ import os
 import pathlib
 import re
 from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
 
 import numpy as np
 
@@ -15,6 +16,26 @@ from kling_jax import errors
 PAD, BOS, EOS = 0, 1, 2
 SPECIAL = 3  # byte b has the token b + SPECIAL
 VOCABULARY = SPECIAL + 256
+
+
+class TextTokenizer(Protocol):
+  """Rows [begin, tokens, end], padded at the right, and back; what a model that writes needs of its tokenizer.
+
+  Attributes:
+    unit: what one token is, in the plural, for messages.
+    vocabulary: how many tokens there are.
+  """
+
+  unit: str
+
+  @property
+  def vocabulary(self) -> int: ...
+
+  def __call__(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]: ...
+
+  def count(self, text: str) -> int: ...
+
+  def decode(self, tokens_L: Iterable[int]) -> str: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,17 +50,19 @@ class ByteTokenizer:
   """
 
   max_length: int
+  unit = "bytes"
 
   def __post_init__(self) -> None:
-    if self.max_length < 3:
-      raise errors.ConfigError(
-        f"tokenizer max_length is {self.max_length}; it holds begin, end and at least one byte: give 3 or more"
-      )
+    _check_length(self.max_length)
 
   @property
   def vocabulary(self) -> int:
     """The number of distinct tokens."""
     return VOCABULARY
+
+  def count(self, text: str) -> int:
+    """Tokens of a text, the special ones left out."""
+    return len(text.encode("utf-8", errors="replace"))
 
   def __call__(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """Tokenizes a batch.
@@ -71,6 +94,81 @@ class ByteTokenizer:
     if wrong:
       raise errors.DataError(f"token {wrong[0]} is not one of a byte tokenizer's 0..{VOCABULARY - 1}")
     return bytes(value - SPECIAL for value in values if value >= SPECIAL).decode("utf-8", errors="replace")
+
+
+def _check_length(max_length: int) -> None:
+  if max_length < 3:
+    raise errors.ConfigError(
+      f"tokenizer max_length is {max_length}; it holds begin, end and at least one token: give 3 or more"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class WordTokenizer:
+  """Words of a closed vocabulary between a begin and an end token, padded at the right to one length.
+
+  Capitals and a full stop at the end are overlooked; other punctuation is words of its own. Text that does not fit is
+  cut after the last word that does. The special tokens are those of bytes; word k of the vocabulary is k + SPECIAL.
+
+  Attributes:
+    max_length: tokens a row, the two special ones included; at least 3.
+    words: the vocabulary.
+  """
+
+  max_length: int
+  words: tuple[str, ...]
+  unit = "words"
+
+  def __post_init__(self) -> None:
+    _check_length(self.max_length)
+
+  @property
+  def vocabulary(self) -> int:
+    """The number of distinct tokens."""
+    return SPECIAL + len(self.words)
+
+  def __call__(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """As of `ByteTokenizer`.
+
+    Raises:
+      DataError: a word outside the vocabulary.
+    """
+    if isinstance(texts, str):
+      raise TypeError("WordTokenizer takes a list of texts; give [text] for one")
+    places = _places(self.words)
+    tokens_BL = np.full((len(texts), self.max_length), PAD, np.int32)
+    lengths_B = np.zeros(len(texts), np.int32)
+    for row, text in enumerate(texts):
+      said = _said(text)
+      unknown = next((word for word in said if word not in places), None)
+      if unknown is not None:
+        raise errors.DataError(f"the word {unknown!r} of {text!r} is not known{errors.nearest(unknown, self.words)}")
+      ids = [BOS, *(places[word] for word in said[: self.max_length - 2]), EOS]
+      tokens_BL[row, : len(ids)] = ids
+      lengths_B[row] = len(ids)
+    return tokens_BL, np.arange(self.max_length) < lengths_B[:, None]
+
+  def count(self, text: str) -> int:
+    """Tokens of a text, the special ones left out."""
+    return len(_said(text))
+
+  def decode(self, tokens_L: Iterable[int]) -> str:
+    """The text of one row; special tokens are dropped. Raises DataError: a token outside the vocabulary."""
+    values = [int(token) for token in tokens_L]
+    wrong = [value for value in values if not 0 <= value < self.vocabulary]
+    if wrong:
+      raise errors.DataError(f"token {wrong[0]} is not one of these words' 0..{self.vocabulary - 1}")
+    text = " ".join(self.words[value - SPECIAL] for value in values if value >= SPECIAL)
+    return re.sub(r" (?=[^\w\s])", "", text)
+
+
+def _said(text: str) -> list[str]:
+  return re.findall(r"\w+|[^\w\s]", text.lower().strip().removesuffix("."))
+
+
+@functools.lru_cache(maxsize=8)
+def _places(words: tuple[str, ...]) -> dict[str, int]:
+  return {word: number for number, word in enumerate(words, SPECIAL)}
 
 
 def cut(payload: bytes, length: int) -> bytes:
