@@ -179,13 +179,27 @@ def _fetch(args: argparse.Namespace) -> int:
 def _add_encode(parser: Parser) -> None:
   parser.add_argument("--config", required=True, help="training config whose codec, text encoder and buckets are used")
   parser.add_argument("--input", help="clip set (default: the sources of the config)")
+  parser.add_argument("--engine", default="local", help="local (default), or ray: the nodes of a Ray cluster")
+  parser.add_argument("--workers", type=int, help="processes, of Ray as many as there is room for (default: this one)")
+  parser.add_argument("--per_worker", action="append", default=[], metavar="NAME=NUMBER",
+                      help="resources of Ray that each takes, e.g. GPU=1")  # fmt: skip
 
 
 def _encode(args: argparse.Namespace) -> int:
   from kling_jax import config
-  from kling_jax.generate import encode
 
-  print(encode.run(config.load(args.config, args.overrides), args.input))
+  loaded = config.load(args.config, args.overrides)
+  if args.workers is not None and args.workers < 1:
+    raise UsageError(f"--workers {args.workers} must be at least 1")
+  if args.engine == "local" and args.workers is None and not args.per_worker:
+    from kling_jax.generate import encode
+
+    print(encode.run(loaded, args.input))
+  else:
+    from kling_jax.generate import encode_job
+
+    needs = encode_job.parse_needs(args.per_worker)
+    print(encode_job.run(loaded, args.input, args.engine, args.workers, needs))
   return 0
 
 

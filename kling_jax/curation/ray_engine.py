@@ -7,7 +7,7 @@ costs nothing, because its job is done again elsewhere. Input and output lie on 
 import collections
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from kling_jax.curation import engine
@@ -22,8 +22,11 @@ def run(
   workers: int | None = None,
   deadline_s: float | None = None,
   memory_bytes: float | None = None,
+  needs: Mapping[str, float] | None = None,
 ) -> Iterator[engine.Answer]:
-  """As `engine.run`; workers: actors of one CPU each, None: as many as the cluster has CPUs, also when it grows.
+  """As `engine.run`; workers: actors of one CPU each, None: as many as the cluster has room for, also when it grows.
+
+  With `needs`, such as {"GPU": 1} or {"TPU": 4}, each actor takes these resources of Ray as well.
 
   The cluster is the one that RAY_ADDRESS names or this machine belongs to; without one, Ray starts on this machine.
 
@@ -42,7 +45,11 @@ def run(
       ray.init(log_to_driver=False, logging_level=logging.ERROR)
     except ConnectionError as error:
       raise DataError(f"the Ray cluster cannot be reached ({error}); see RAY_ADDRESS") from error
-  make: Any = ray.remote(engine.Lane).options(num_cpus=1, max_restarts=0)
+  wants = {"CPU": 1.0} | dict(needs or {})
+  others = {name: value for name, value in wants.items() if name not in ("CPU", "GPU")}
+  make: Any = ray.remote(engine.Lane).options(
+    num_cpus=wants["CPU"], num_gpus=wants.get("GPU", 0), resources=others, max_restarts=0
+  )
   waiting = collections.deque(enumerate(jobs))
   tries: collections.Counter[int] = collections.Counter()
   crew: dict[Any, int | None] = {}  # actor -> index of its job; None: it is not up yet
@@ -64,7 +71,9 @@ def run(
     while waiting or any(index is not None for index in crew.values()):
       if time.monotonic() - grown > GROW_S:
         grown = time.monotonic()
-        wanted = min(workers or int(ray.cluster_resources().get("CPU", 1)), len(jobs))
+        held = ray.cluster_resources()
+        room = min(int(held.get(name, 0) // value) for name, value in wants.items())
+        wanted = min(workers or max(room, 1), len(jobs))
         for _ in range(wanted - len(crew)):
           hire()
       done, _ = ray.wait(list(busy), num_returns=1, timeout=GROW_S)

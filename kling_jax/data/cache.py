@@ -243,12 +243,7 @@ class Writer:
       raise ValueError(f"variant {variant!r} has a slash, which ends the variant in a tensor's name")
     if (variant, clip_id) in self:
       raise errors.DataError(f"{self.folder} already holds clip {clip_id!r} for {variant!r}")
-    with np.errstate(over="ignore"):  # what overflows is found, and named, below
-      stored = np.array(array, STORED[self.card.dtype], order="C")
-    if not np.isfinite(stored.astype(np.float32)).all():
-      raise errors.DataError(
-        f"the {self.card.encoder} encoder gave values that are not finite for clip {clip_id!r} ({variant})"
-      )
+    stored = as_stored(self.card, array, f"clip {clip_id!r} ({variant})")
     self._held.add((variant, clip_id))
     self._pending[f"{variant}/{clip_id}"] = stored
     self._pending_bytes += stored.nbytes
@@ -261,6 +256,39 @@ class Writer:
       with files.whole(self.folder / f"p{self._process:03d}-{self._next:06d}.safetensors") as temporary:
         safetensors.numpy.save_file(self._pending, temporary)
       self._pending, self._pending_bytes, self._next = {}, 0, self._next + 1
+
+
+def as_stored(card: Card, array: np.ndarray, what: str) -> np.ndarray:
+  """An array in the card's dtype.
+
+  Raises:
+    DataError: it has values that are not finite after the cast.
+  """
+  with np.errstate(over="ignore"):  # what overflows is found, and named, below
+    stored = np.array(array, STORED[card.dtype], order="C")
+  if not np.isfinite(stored.astype(np.float32)).all():
+    raise errors.DataError(f"the {card.encoder} encoder gave values that are not finite for {what}")
+  return stored
+
+
+def chunk_path(folder: pathlib.Path, keys: Iterable[tuple[str, str]]) -> pathlib.Path:
+  """The shard of one job: named by the (variant, clip id) that it holds, not by who writes it."""
+  names = "\n".join(sorted(f"{variant}/{clip_id}" for variant, clip_id in keys))
+  return folder / f"pjob-{hashlib.sha256(names.encode()).hexdigest()[:16]}.safetensors"
+
+
+def write_chunk(path: pathlib.Path, card: Card, entries: Mapping[tuple[str, str], np.ndarray]) -> None:
+  """Writes one job's arrays as one shard, whole or not at all; equal entries give equal bytes.
+
+  Raises:
+    DataError: values that are not finite.
+  """
+  stored = {
+    f"{variant}/{clip_id}": as_stored(card, array, f"clip {clip_id!r} ({variant})")
+    for (variant, clip_id), array in sorted(entries.items())
+  }
+  with files.whole(path) as temporary:
+    safetensors.numpy.save_file(stored, temporary)
 
 
 def read_card(folder: pathlib.Path) -> Card:

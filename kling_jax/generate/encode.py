@@ -69,19 +69,41 @@ def run(config: ml_collections.ConfigDict, source: str | None = None) -> str:
     DataError: a cache of another encoder stands there; or, after all others were written, clips cannot be decoded.
     WeightsError: the encoder's weights do not fit.
   """
+  reports = []
+  sets = opened(config, source)
+  latent = encoders.latent_encoder(config)
+  text = encoders.text_encoder(config) if config.text.encoder == "cached" else None
+  for clips, folder in sets:
+    reports.append(encode_latents(clips, asked_of(config), latent, folder))
+    if text is not None:
+      reports.append(encode_text(clips, text, folder))
+  return told(reports)
+
+
+def opened(config: ml_collections.ConfigDict, source: str | None) -> list[tuple[ClipSource, str]]:
+  """(clips, folder) of each set whose caches a config would read; see `run`."""
   if config.task != "video_dit":
     raise UsageError(f"kling encode takes a video_dit config, not one of task {config.task!r}")
   mixture = Mixture.open((source,) if source else config.data.sources)
-  reports = []
-  latent = encoders.latent_encoder(config)
-  text = encoders.text_encoder(config) if config.text.encoder == "cached" else None
+  sets = []
   for clips, folder in zip(mixture.sources, mixture.folders, strict=True):
     if folder is None:
       raise ConfigError("a procedural world has no folder to keep caches beside; name a clip set with --input")
-    asked = [Bucket(frames, height, width, config.data.fps) for frames, height, width in config.data.buckets]
-    reports.append(encode_latents(clips, asked, latent, folder))
-    if text is not None:
-      reports.append(encode_text(clips, text, folder))
+    sets.append((clips, os.fspath(folder)))
+  return sets
+
+
+def asked_of(config: ml_collections.ConfigDict) -> list[Bucket]:
+  """The buckets of a config."""
+  return [Bucket(frames, height, width, config.data.fps) for frames, height, width in config.data.buckets]
+
+
+def told(reports: Sequence[Report]) -> str:
+  """One line a cache.
+
+  Raises:
+    DataError: clips could not be decoded.
+  """
   failed = {clip: reason for report in reports for clip, reason in report.failed.items()}
   lines = "\n".join(map(str, reports))
   if failed:
@@ -112,10 +134,8 @@ def encode_latents(
     encoder.geometry.latent_shape(bucket.frames, bucket.height, bucket.width)
   members, _ = buckets_lib.assign((source.info(index) for index in range(len(source))), asked)
   report = Report(encoder.card.folder(folder))
-  moments = _Moments()
-  apply = jax.jit(encoder.encode)
-  rows_on, devices = _spread()
-  params = jax.device_put(encoder.params, NamedSharding(rows_on.mesh, P()))
+  moments = Moments()
+  program = LatentProgram(encoder)
   with Writer(report.folder, encoder.card, process=jax.process_index()) as writer:
     todo = {
       bucket: [int(clip) for clip in _share(clips) if (bucket.name, source.info(int(clip)).clip_id) not in writer]
@@ -124,9 +144,7 @@ def encode_latents(
     report.held = sum(len(_share(clips)) for clips in members) - sum(map(len, todo.values()))
     with progress.bar(f"latents {encoder.card.encoder}", sum(map(len, todo.values()))) as bar:
       for bucket, clips in todo.items():
-        rows = devices * max(1, min(MOST_ROWS, PIXELS_AT_ONCE // (bucket.height * bucket.width)))
-        for ids, frames in _batches(_decoded(source, bucket, clips, report.failed), rows):
-          latents = np.asarray(apply(params, jax.device_put(_fill(frames, rows), rows_on)))[: len(ids)]
+        for ids, latents in program(source, bucket, clips, report.failed):
           for clip_id, array in zip(ids, latents, strict=True):
             writer.add(clip_id, bucket.name, array)
           moments.add(latents)
@@ -143,26 +161,55 @@ def encode_text(source: ClipSource, encoder: encoders.FrozenTextEncoder, folder:
     DataError: the folder holds a cache of another encoder.
   """
   report = Report(encoder.card.folder(folder))
-  moments = _Moments()
-  apply = jax.jit(encoder.encode)
+  moments = Moments()
+  program = TextProgram(encoder)
   infos = (source.info(int(index)) for index in _share(np.arange(len(source))))
   captions = [(info.clip_id, info.caption) for info in infos] + ([("", "")] if jax.process_index() == 0 else [])
   with Writer(report.folder, encoder.card, process=jax.process_index()) as writer:
     todo = [(clip_id, caption) for clip_id, caption in captions if (text_variant(caption), clip_id) not in writer]
     report.held = len(captions) - len(todo)
     with progress.bar(f"text {encoder.card.encoder}", len(todo)) as bar:
-      rows = encoder.rows
-      for chunk in (todo[start : start + rows] for start in range(0, len(todo), rows)):
-        texts = [caption for _, caption in chunk]
-        tokens_BL, mask_BL = encoders.shortened(*encoder.tokenizer(texts + [""] * (rows - len(texts))))
-        text_BLD = np.asarray(apply(encoder.params, tokens_BL, mask_BL))
-        for (clip_id, caption), text_LD, mask_L in zip(chunk, text_BLD, mask_BL, strict=False):
-          writer.add(clip_id, text_variant(caption), text_LD[mask_L])
-          moments.add(text_LD[mask_L])
-        report.encoded += len(chunk)
-        bar.advance(len(chunk))
+      for clip_id, caption, text_LD in program(todo):
+        writer.add(clip_id, text_variant(caption), text_LD)
+        moments.add(text_LD)
+        report.encoded += 1
+        bar.advance()
   report.mean, report.std = moments.result()
   return report
+
+
+class LatentProgram:
+  """The codec, compiled once for each bucket, with its rows over the devices of this process."""
+
+  def __init__(self, encoder: encoders.FrozenCodec):
+    self._apply = jax.jit(encoder.encode)
+    self._rows_on, self._devices = _spread()
+    self._params = jax.device_put(encoder.params, NamedSharding(self._rows_on.mesh, P()))
+
+  def __call__(
+    self, source: ClipSource, bucket: Bucket, clips: Sequence[int], failed: dict[str, str]
+  ) -> Iterator[tuple[list[str], np.ndarray]]:
+    """Yields (clip ids, latents (B, t, h, w, c)) of the clips that decode; the others go into `failed`."""
+    rows = self._devices * max(1, min(MOST_ROWS, PIXELS_AT_ONCE // (bucket.height * bucket.width)))
+    for ids, frames in _batches(_decoded(source, bucket, clips, failed), rows):
+      yield ids, np.asarray(self._apply(self._params, jax.device_put(_fill(frames, rows), self._rows_on)))[: len(ids)]
+
+
+class TextProgram:
+  """The text encoder, compiled once for each length."""
+
+  def __init__(self, encoder: encoders.FrozenTextEncoder):
+    self._encoder, self._apply = encoder, jax.jit(encoder.encode)
+
+  def __call__(self, captions: Sequence[tuple[str, str]]) -> Iterator[tuple[str, str, np.ndarray]]:
+    """Yields (clip id, caption, text (L, D) of its tokens alone) of each (clip id, caption)."""
+    rows = self._encoder.rows
+    for chunk in (captions[start : start + rows] for start in range(0, len(captions), rows)):
+      texts = [caption for _, caption in chunk]
+      tokens_BL, mask_BL = encoders.shortened(*self._encoder.tokenizer(texts + [""] * (rows - len(texts))))
+      text_BLD = np.asarray(self._apply(self._encoder.params, tokens_BL, mask_BL))
+      for (clip_id, caption), text_LD, mask_L in zip(chunk, text_BLD, mask_BL, strict=False):
+        yield clip_id, caption, text_LD[mask_L]
 
 
 def _share(clips: np.ndarray) -> np.ndarray:
@@ -216,18 +263,24 @@ def _fill(frames_BTHWC: np.ndarray, rows: int) -> np.ndarray:
   return np.concatenate([frames_BTHWC, np.repeat(frames_BTHWC[-1:], rows - len(frames_BTHWC), axis=0)])
 
 
-class _Moments:
-  """Mean and standard deviation of all values that went by, in float64."""
+@dataclasses.dataclass
+class Moments:
+  """Count, sum and sum of squares of all values that went by, in float64."""
 
-  def __init__(self) -> None:
-    self._count, self._sum, self._squares = 0, 0.0, 0.0
+  count: int = 0
+  sum: float = 0.0
+  squares: float = 0.0
 
   def add(self, values: Any) -> None:
     values = np.asarray(values, np.float64)
-    self._count += values.size
-    self._sum += values.sum()
-    self._squares += np.square(values).sum()
+    self.count += values.size
+    self.sum += float(values.sum())
+    self.squares += float(np.square(values).sum())
+
+  def __add__(self, other: "Moments") -> "Moments":
+    return Moments(self.count + other.count, self.sum + other.sum, self.squares + other.squares)
 
   def result(self) -> tuple[float, float]:
-    mean = self._sum / max(self._count, 1)
-    return float(mean), float(np.sqrt(max(self._squares / max(self._count, 1) - mean**2, 0.0)))
+    """Mean and standard deviation."""
+    mean = self.sum / max(self.count, 1)
+    return mean, max(self.squares / max(self.count, 1) - mean**2, 0.0) ** 0.5
