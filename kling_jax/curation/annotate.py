@@ -6,30 +6,23 @@ a killed server loses and doubles nothing. Each rater sees the clips in an order
 """
 
 import functools
-import hmac
-import http.server
-import json
 import os
 import pathlib
 import re
-import signal
 import sys
 import threading
-import urllib.parse
+from collections.abc import Callable
 from typing import Any
 
+from kling_jax import local_page
 from kling_jax.curation import annotate_page, ratings
 from kling_jax.curation.rating_store import RatingStore
 from kling_jax.curation.ratings import Rating
 from kling_jax.data import clip_table, order, record
-from kling_jax.errors import DataError, KlingError, UsageError
+from kling_jax.errors import DataError, UsageError
 
-HOST = "127.0.0.1"
-LARGEST_BODY = 4096  # bytes of a request
 LONGEST_REQUEST = 64  # characters of a request's id
-SLOWEST_S = 60  # of silence within a request
 AHEAD = 3  # clips that the page may load in advance
-_RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})", re.ASCII)
 
 
 class Clips:
@@ -65,37 +58,16 @@ class Clips:
     return record.unpack(clip_table.read_record(clip_table.open_reader(path), path, row["position"]))[1]
 
 
-class Server(http.server.ThreadingHTTPServer):
-  """The page and what it asks for; `address` is what the user opens."""
-
-  daemon_threads = True
+class Server(local_page.Server):
+  """The page and what it asks for."""
 
   def __init__(self, clips: Clips, store: RatingStore, port: int = 0):
-    """Binds to 127.0.0.1.
-
-    Args:
-      port: 0 for a free one.
-
-    Raises:
-      UsageError: the port is taken.
-    """
-    self.clips, self.store, self.token = clips, store, store.token
+    """Binds to 127.0.0.1; see `local_page.Server`."""
+    self.clips, self.store = clips, store
     self._agreed: tuple[int, float] = (0, float("nan"))
     self._reached: dict[str, int] = {}
     self._lock = threading.RLock()  # of the two above
-    try:
-      super().__init__((HOST, port), Handler)
-    except OSError as error:
-      raise UsageError(f"port {port} of {HOST} cannot be used ({error.strerror}); give another --port") from error
-
-  @property
-  def address(self) -> str:
-    return f"http://{HOST}:{self.server_port}/?token={self.token}"
-
-  def handle_error(self, request: Any, client_address: Any) -> None:
-    """A client that goes away is no error."""
-    if not isinstance(sys.exception(), ConnectionError | TimeoutError):
-      super().handle_error(request, client_address)
+    super().__init__("kling annotate", store.token, port, Handler)
 
   # ---- what the page asks for ----------------------------------------------------------------------------------------
 
@@ -157,123 +129,30 @@ def _request(asked: dict[str, Any]) -> str:
   return request
 
 
-class Handler(http.server.BaseHTTPRequestHandler):
+class Handler(local_page.Handler):
   """One connection."""
 
   server: Server
-  protocol_version = "HTTP/1.1"
-  timeout = SLOWEST_S
-  server_version, sys_version = "kling", ""
 
-  def do_GET(self) -> None:
+  def answer(self, path: str, fields: dict[str, str]) -> None:
     """The page, a clip, or a rater's state."""
-    address = urllib.parse.urlsplit(self.path)
-    fields = urllib.parse.parse_qs(address.query, keep_blank_values=True)
-    if not self._allowed(fields):
-      return
-    try:
-      if address.path == "/":
-        self._say(200, annotate_page.html().encode(), "text/html; charset=utf-8")
-      elif address.path == "/state":
-        self._json(200, self.server.state(_name({"rater": fields.get("rater", [""])[0]})))
-      elif address.path == "/everybody":
-        self._json(200, self.server.everybody())
-      elif match := re.fullmatch(r"/clip/(\d{1,9})", address.path, re.ASCII):
-        self._clip(int(match[1]))
+    if path == "/":
+      self.page(annotate_page.html())
+    elif path == "/state":
+      self.json(200, self.server.state(_name({"rater": fields.get("rater", "")})))
+    elif path == "/everybody":
+      self.json(200, self.server.everybody())
+    elif match := re.fullmatch(r"/clip/(\d{1,9})", path, re.ASCII):
+      if int(match[1]) >= len(self.server.clips):
+        self.nothing("there is no such clip")
       else:
-        self._json(404, {"error": "there is nothing here"})
-    except KlingError as error:
-      self._json(400, {"error": str(error)})
+        self.media(self.server.clips.media(int(match[1])))
+    else:
+      self.nothing()
 
-  do_HEAD = do_GET
-
-  def do_POST(self) -> None:
+  def action(self, path: str) -> Callable[[dict[str, Any]], dict[str, Any]] | None:
     """A rating, or the undoing of one."""
-    address = urllib.parse.urlsplit(self.path)
-    length = self.headers.get("Content-Length", "")
-    if (
-      not re.fullmatch(r"\d{1,18}", length, re.ASCII)
-      or int(length) > LARGEST_BODY
-      or "Transfer-Encoding" in self.headers
-    ):
-      self.close_connection = True  # what it sends is not read
-      self._json(413, {"error": f"a request has a length of at most {LARGEST_BODY} bytes"})
-      return
-    body = self.rfile.read(int(length))
-    if not self._allowed(urllib.parse.parse_qs(address.query)):
-      return
-    act = {"/rate": self.server.rate, "/undo": self.server.undo}.get(address.path)
-    if act is None:
-      self._json(404, {"error": "there is nothing here"})
-      return
-    try:
-      asked = json.loads(body)
-      if not isinstance(asked, dict):
-        raise DataError("a request is a JSON object")
-      self._json(200, act(asked))
-    except (ValueError, RecursionError):
-      self._json(400, {"error": "a request is a JSON object"})
-    except KlingError as error:
-      self._json(400, {"error": str(error)})
-
-  def _allowed(self, fields: dict[str, list[str]]) -> bool:
-    """Whether the token is right, and the browser asked this machine by its own name (no page elsewhere does)."""
-    host = self.headers.get("Host", "").rpartition(":")[0]
-    given = fields.get("token", [""])[0]
-    if host in (HOST, "localhost") and hmac.compare_digest(given.encode(), self.server.token.encode()):
-      return True
-    self.close_connection = True
-    self._json(403, {"error": "open the whole address that `kling annotate` printed"})
-    return False
-
-  def _clip(self, number: int) -> None:
-    """A clip, or the part of it that a player asks for."""
-    if number >= len(self.server.clips):
-      self._json(404, {"error": "there is no such clip"})
-      return
-    media = self.server.clips.media(number)
-    span = _span(self.headers.get("Range"), len(media))
-    if span is None:
-      self._say(416, b"", "video/mp4", {"Content-Range": f"bytes */{len(media)}"})
-      return
-    start, end = span
-    more = {"Accept-Ranges": "bytes", "Cache-Control": "private, max-age=3600"}
-    if "Range" in self.headers:
-      more["Content-Range"] = f"bytes {start}-{end - 1}/{len(media)}"
-    self._say(206 if "Range" in self.headers else 200, media[start:end], "video/mp4", more)
-
-  def _json(self, status: int, value: dict[str, Any]) -> None:
-    self._say(status, json.dumps(value).encode(), "application/json")
-
-  def _say(self, status: int, body: bytes, kind: str, more: dict[str, str] | None = None) -> None:
-    self.send_response(status)
-    headers = {
-      "Content-Type": kind, "Content-Length": str(len(body)), "Cache-Control": "no-store",
-      "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
-      "Content-Security-Policy": "default-src 'self' 'unsafe-inline'; frame-ancestors 'none'",
-    }  # fmt: skip
-    for name, value in (headers | (more or {})).items():
-      self.send_header(name, value)
-    self.end_headers()
-    if self.command != "HEAD":
-      self.wfile.write(body)
-
-  def log_message(self, *_: Any) -> None:
-    return
-
-
-def _span(header: str | None, size: int) -> tuple[int, int] | None:
-  """The bytes [start, end) of a Range header; all without one; None where there are no such bytes."""
-  if header is None:
-    return 0, size
-  match = _RANGE.fullmatch(header.strip())
-  if not match or not (match[1] or match[2]):
-    return None  # several ranges, other units
-  if not match[1]:  # the last so many bytes
-    return (max(0, size - int(match[2])), size) if int(match[2]) else None
-  start = int(match[1])
-  end = min(int(match[2]) + 1, size) if match[2] else size
-  return (start, end) if start < end else None
+    return {"/rate": self.server.rate, "/undo": self.server.undo}.get(path)
 
 
 # ---- the verb --------------------------------------------------------------------------------------------------------
@@ -291,15 +170,10 @@ def serve(folder: str, db: str, port: int | None = None) -> None:
       raise DataError(f"{folder} holds no clips")
     with _bound(clips, store, port) as server:
       store.set_fact("port", str(server.server_port))
-      for number in (signal.SIGINT, signal.SIGTERM):  # a shell's background jobs start with the first one ignored
-        signal.signal(number, signal.default_int_handler)
-      print(server.address, flush=True)
       done = ", ".join(f"{name} {count}" for name, count in store.counts().items()) or "none yet"
       print(f"{len(clips)} clips; ratings: {done}. Ctrl-C ends; ratings are in {db}", file=sys.stderr)
-      try:
-        server.serve_forever()
-      except KeyboardInterrupt:
-        print("ended; every rating is stored", file=sys.stderr)
+      server.serve_until_ended()
+      print("ended; every rating is stored", file=sys.stderr)
 
 
 def _bound(clips: Clips, store: RatingStore, port: int | None) -> Server:
