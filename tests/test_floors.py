@@ -8,7 +8,20 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "kling_jax"
 FLOORS = [
-  ("errors", "answers", "files", "progress", "page", "config", "web", "chat", "local_page", "assets", "configs", "launch"),
+  (
+    "errors",
+    "answers",
+    "files",
+    "progress",
+    "page",
+    "config",
+    "web",
+    "chat",
+    "local_page",
+    "assets",
+    "configs",
+    "launch",
+  ),
   ("nn",),
   ("models", "diffusion", "data"),
   ("interop", "measure"),
