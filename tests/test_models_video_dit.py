@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from kling_jax.errors import ConfigError
-from kling_jax.models.video_dit import PRESETS, VideoDiT, VideoDiTConfig, preset
+from kling_jax.models.video_dit import PRESETS, Packing, VideoDiT, VideoDiTConfig, preset
 from kling_jax.nn import params
 
 CONFIG = VideoDiTConfig(
@@ -421,3 +421,25 @@ def test_configs_that_cannot_be_are_named():
     preset("XS", remat="some")
   with pytest.raises(ConfigError, match="whole, even size"):
     preset("XS", heads=3)
+
+
+# ---- packed clips
+
+
+def test_packed_clips_are_what_each_is_alone():
+  """Three frames of one clip and one of another in a row, with three and two text tokens and scores of their own."""
+  repeat = lambda *values: np.tile(np.repeat(np.arange(2, dtype=np.int32), values), (BATCH, 1))
+  packing = Packing(repeat(3, 1), np.tile(np.array([0, 1, 2, 0], np.int32), (BATCH, 1)), repeat(3, 2))
+  scores_B2M = np.stack([np.nan_to_num(TOLD["scores_BM"]), np.full((BATCH, 3), 700, np.float32)], 1)
+  scores_BTM = np.take(scores_B2M, [0, 0, 0, 1], axis=1)
+  packed = run({**INPUTS, "scores_BM": scores_BTM, "packing": packing})
+  for clip, (frames, text) in enumerate([(slice(0, 3), slice(0, 3)), (slice(3, 4), slice(3, 5))]):
+    alone = run({
+      "x_BTHWC": INPUTS["x_BTHWC"][:, frames], "time": INPUTS["time"][:, frames],
+      "text_BLD": INPUTS["text_BLD"][:, text], "scores_BM": scores_B2M[:, clip],
+    })  # fmt: skip
+    np.testing.assert_allclose(packed[:, frames], alone, rtol=2e-4, atol=2e-5)
+  with pytest.raises(ConfigError, match="packing.place_BT is"):
+    run({**INPUTS, "packing": packing._replace(place_BT=packing.place_BT[:, :2])})
+  with pytest.raises(ConfigError, match="neither context nor cache nor state"):
+    run({**INPUTS, "state_BQD": STATE, "packing": packing})

@@ -160,6 +160,20 @@ class BlockInputs(NamedTuple):
   state_mask: Mask
 
 
+class Packing(NamedTuple):
+  """Clips that share rows of a batch, one behind the other in time; each sees itself and its own text alone.
+
+  Attributes:
+    clip_BT: int32, not negative, the number of the clip that a latent frame belongs to; padding is a clip of its own.
+    place_BT: int32, the frame's place in its clip, from 0.
+    text_clip_BL: int32, the clip that a text token belongs to.
+  """
+
+  clip_BT: jax.Array
+  place_BT: jax.Array
+  text_clip_BL: jax.Array
+
+
 class Block(nnx.Module):
   """Wan 2.1's block: modulated self-attention, ungated cross-attention behind an affine norm, modulated MLP.
 
@@ -249,6 +263,7 @@ class VideoDiT(nnx.Module):
     state_mask_BQ: jax.Array | None = None,
     causal_frames: int | None = None,
     cache: KVCache | None = None,
+    packing: Packing | None = None,
     around: Around | None = None,
     scan: bool = True,
   ):
@@ -272,6 +287,9 @@ class VideoDiT(nnx.Module):
       causal_frames: latent frames in a causal block: a frame sees its own block and what is before it. Blocks are
         counted from the first frame of `x`. None: every frame sees every frame.
       cache: keys and values of earlier frames (`init_cache`). The frames of `x` see them and come after them.
+      packing: which clip each frame and each text token belongs to, where rows hold several; `time` is then (B, T), and
+        scores may be (B, T, M), those of a frame's clip. What comes out is what each clip gives alone. Not together
+        with context, cache or state; under `causal_frames` clips begin where blocks do.
       around: what runs the blocks, or stands in for them (a step cache); not together with a cache.
       scan: False unrolls the layers, for reading costs off the compiled program.
 
@@ -284,6 +302,8 @@ class VideoDiT(nnx.Module):
       ConfigError: inputs that do not fit the config or one another.
     """
     self._check(x_BTHWC, time, scores_BM, fps_B, context_BTHWC, context_mask_BT, state_BQD, cache)
+    if packing is not None:
+      _check_packing(packing, x_BTHWC, text_BLD, context_BTHWC, cache, state_BQD)
     if cache is not None and around is not None:
       raise ConfigError("a cache of keys and `around` are given together: without its blocks a call has no keys")
     dtype, batch, frames = x_BTHWC.dtype, x_BTHWC.shape[0], x_BTHWC.shape[1]
@@ -299,9 +319,13 @@ class VideoDiT(nnx.Module):
     grid = self.config.grid(*x_BTHWC.shape[1:4])
     frame_tokens = grid[1] * grid[2]
     held = 0 if cache is None else cache.length
+    segments, text_segments, places_BT = None, None, None
+    if packing is not None:
+      clip_BN, places_BT = jnp.repeat(packing.clip_BT, frame_tokens, axis=1), packing.place_BT
+      segments, text_segments = (clip_BN, clip_BN), (clip_BN, packing.text_clip_BL)
     given = BlockInputs(
       rows_BTRD=spread(self.modulation(e_BTD), math.prod(grid)),
-      angles=angles_3d(*grid, self.config.head_size, first_frame=held // frame_tokens),
+      angles=angles_3d(*grid, self.config.head_size, first_frame=held // frame_tokens, places_BT=places_BT),
       mask=Mask(
         keys_BL=_tokens_shown(
           context_mask_BT, frame_tokens, math.prod(grid) if cache is None else cache.k_SBLKE.shape[2]
@@ -310,9 +334,10 @@ class VideoDiT(nnx.Module):
         offset=held,
         start=context_frames * frame_tokens if cache is None else held,
         length=None if cache is None else held + grid[0] * frame_tokens,
+        segments=segments,
       ),
       text_BLD=self.text(text_BLD.astype(dtype)),
-      text_mask=Mask(keys_BL=text_mask_BL),
+      text_mask=Mask(keys_BL=text_mask_BL, segments=text_segments),
       state_BQD=None if self.state is None or state_BQD is None else self.state(state_BQD.astype(dtype)),
       state_mask=Mask(keys_BL=state_mask_BQ),
     )
@@ -341,11 +366,14 @@ class VideoDiT(nnx.Module):
     batch = time_BT.shape[0]
     e_BTD = self.time(time_BT)
     if known_BM is None:
-      known_BM = jnp.full((batch, len(self.config.conditions)), scores_BM is not None)
+      shape = (batch, len(self.config.conditions)) if scores_BM is None else scores_BM.shape
+      known_BM = jnp.full(shape, scores_BM is not None)
     if scores_BM is None:
       scores_BM = jnp.zeros(known_BM.shape)
+    if scores_BM.ndim == 2:
+      scores_BM, known_BM = scores_BM[:, None], known_BM[:, None]
     for m, name in enumerate(self.config.conditions):
-      e_BTD += self.conditions[name](scores_BM[:, m], known_BM[:, m])[:, None]
+      e_BTD += self.conditions[name](scores_BM[..., m], known_BM[..., m])
     if self.fps is not None:
       known_B = jnp.full((batch,), fps_B is not None)
       e_BTD += self.fps(jnp.zeros(batch) if fps_B is None else fps_B, known_B)[:, None]
@@ -377,8 +405,8 @@ class VideoDiT(nnx.Module):
     batch, frames = x_BTHWC.shape[:2]
     if jnp.shape(time) not in ((batch,), (batch, 1), (batch, frames)):
       raise ConfigError(f"time {jnp.shape(time)} is neither (B,)=({batch},) nor (B, T)=({batch}, {frames})")
-    if scores_BM is not None and scores_BM.shape[1] != len(config.conditions):
-      raise ConfigError(f"scores have {scores_BM.shape[1]} columns, the model's conditions are {config.conditions}")
+    if scores_BM is not None and scores_BM.shape[-1] != len(config.conditions):
+      raise ConfigError(f"scores have {scores_BM.shape[-1]} columns, the model's conditions are {config.conditions}")
     if fps_B is not None and self.fps is None:
       raise ConfigError("frames per second are given to a model without them; set fps=True in its config")
     if state_BQD is not None and self.state is None:
@@ -392,6 +420,16 @@ class VideoDiT(nnx.Module):
         raise ConfigError(
           f"context_mask_BT {context_mask_BT.shape} is not (B, context frames)=({batch}, {context_BTHWC.shape[1]})"
         )
+
+
+def _check_packing(packing, x_BTHWC, text_BLD, *others):
+  batch, frames = x_BTHWC.shape[:2]
+  wanted = {"clip_BT": (batch, frames), "place_BT": (batch, frames), "text_clip_BL": (batch, text_BLD.shape[1])}
+  for name, shape in wanted.items():
+    if getattr(packing, name).shape != shape:
+      raise ConfigError(f"packing.{name} is {getattr(packing, name).shape}, not {shape}")
+  if any(other is not None for other in others):
+    raise ConfigError("packed clips take neither context nor cache nor state; give each clip a row of its own")
 
 
 def _tokens_shown(mask_BT: jax.Array | None, frame_tokens: int, tokens: int) -> jax.Array | None:

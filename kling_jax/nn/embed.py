@@ -43,11 +43,11 @@ class ScoreEmbedding(nnx.Module):
     self.out = Linear(width, width, axes=("embed", "modulation"), init=zeros, rngs=rngs)
     self.null = nnx.Param(jnp.zeros(width, jnp.float32), axes=("modulation",))
 
-  def __call__(self, value_B: jax.Array, known_B: jax.Array) -> jax.Array:
-    """Maps values (B,) to (B, D); the learned null vector where `known_B` is False, whatever stands in `value_B`."""
-    value_B = jnp.where(known_B, value_B, 0.0)  # an unknown value may be NaN, which would poison the gradient
-    embedded_BD = self.out(jax.nn.silu(self.into(sinusoid(value_B))))
-    return jnp.where(known_B[:, None], embedded_BD, used(self.null[...], ("modulation",), jnp.float32))
+  def __call__(self, value: jax.Array, known: jax.Array) -> jax.Array:
+    """Maps values (B,) or (B, T) to (..., D); the learned null vector where `known` is False, whatever the value is."""
+    value = jnp.where(known, value, 0.0)  # an unknown value may be NaN, which would poison the gradient
+    embedded = self.out(jax.nn.silu(self.into(sinusoid(value))))
+    return jnp.where(known[..., None], embedded, used(self.null[...], ("modulation",), jnp.float32))
 
 
 class PatchEmbedding(nnx.Module):

@@ -18,20 +18,31 @@ def angles_1d(positions: jax.Array, size: int, base: float = BASE) -> jax.Array:
   return positions.astype(jnp.float32)[..., None] * frequency
 
 
-def angles_3d(frames: int, rows: int, columns: int, head_size: int, *, first_frame: int | jax.Array = 0) -> jax.Array:
+def angles_3d(
+  frames: int,
+  rows: int,
+  columns: int,
+  head_size: int,
+  *,
+  first_frame: int | jax.Array = 0,
+  places_BT: jax.Array | None = None,
+) -> jax.Array:
   """Angles (frames*rows*columns, head_size/2) of a token grid in row-major order (frame, row, column).
 
-  `first_frame` is the position of the grid's first frame: what a cache already holds, or 0.
+  Args:
+    first_frame: position of the grid's first frame: what a cache already holds, or 0.
+    places_BT: positions of the frames of each row instead; the angles are then (B, frames*rows*columns, head_size/2).
   """
   grid = (frames, rows, columns)
-  starts = (first_frame, 0, 0)
+  leading = () if places_BT is None else places_BT.shape[:1]
+  places = (first_frame + jnp.arange(frames) if places_BT is None else places_BT, jnp.arange(rows), jnp.arange(columns))
   parts = []
-  for axis, (length, start, size) in enumerate(zip(grid, starts, axis_sizes(head_size), strict=True)):
-    part = angles_1d(start + jnp.arange(length), size)
-    shape = [1, 1, 1, size // 2]
-    shape[axis] = length
-    parts.append(jnp.broadcast_to(part.reshape(shape), (*grid, size // 2)))
-  return jnp.concatenate(parts, axis=-1).reshape(frames * rows * columns, head_size // 2)
+  for axis, (place, size) in enumerate(zip(places, axis_sizes(head_size), strict=True)):
+    part = angles_1d(place, size)
+    shape = [*part.shape[:-2], 1, 1, 1, size // 2]
+    shape[axis - 4] = grid[axis]
+    parts.append(jnp.broadcast_to(part.reshape(shape), (*leading, *grid, size // 2)))
+  return jnp.concatenate(parts, axis=-1).reshape(*leading, frames * rows * columns, head_size // 2)
 
 
 def rotate(x_BNKE: jax.Array, angles: jax.Array) -> jax.Array:
