@@ -46,6 +46,9 @@ check: venv
 bench: venv
 	$(BIN)/python -m pip install --quiet -e '.[bench]'
 	$(BIN)/python benchmarks/train_step.py
+	$(BIN)/python benchmarks/attention.py
+	$(BIN)/python benchmarks/sample.py
+	$(BIN)/python benchmarks/checkpoint.py
 	$(BIN)/python benchmarks/input_pipeline.py
 
 # Every imported network against its reference in PyTorch; wants Python 3.11: `make parity PYTHON=python3.11`.
