@@ -94,7 +94,7 @@ setuptools.setup(
   python_requires=">=3.11",
   packages=setuptools.find_packages(include=["kling_jax", "kling_jax.*"]) + list(PACKAGE_DIR),
   package_dir=PACKAGE_DIR,
-  package_data={"kling_jax": ["py.typed", "assets/*/*"], "kling_jax.launch": ["host.sh"]},
+  package_data={"kling_jax": ["py.typed", "assets/*/*"], "kling_jax.launch": ["host.sh", "Dockerfile"]},
   install_requires=REQUIRED,
   extras_require=EXTRAS,
   entry_points={"console_scripts": ["kling = kling_jax.cli:main"]},

@@ -101,12 +101,13 @@ def pod(
   environment: Mapping[str, str],
   volume: Mapping[str, Any],
   mount: str,
+  folder: str = "",
   container: str = "worker",
 ) -> dict[str, Any]:
-  """The spec of one pod with one container, which works in the folder `mount`."""
+  """The spec of one pod with one container, which sees `volume` at `mount` and works in `folder` (or at `mount`)."""
   tolerations = [{"key": "cloud.google.com/gke-spot", "operator": "Equal", "value": "true", "effect": "NoSchedule"}]
   inside = {
-    "name": container, "image": image, "command": list(words), "workingDir": mount,
+    "name": container, "image": image, "command": list(words), "workingDir": folder or mount,
     "env": [{"name": name, "value": value} for name, value in environment.items()],
     "resources": shape.resources(), "volumeMounts": [{"name": "work", "mountPath": mount}],
   }  # fmt: skip

@@ -73,7 +73,9 @@ class Cloud:
   def faults(self, *faults: tuple[str, int, str]) -> None:
     """(kind of call, at which of them, what happens)."""
     rows = [{"call": call, "at": at, "do": do} for call, at, do in faults]
-    (self.folder / "faults.json").write_text(json.dumps(rows))
+    new = self.folder / "faults.new"
+    new.write_text(json.dumps(rows))
+    new.replace(self.folder / "faults.json")  # a program may be reading it
 
   def calls(self) -> list[list[str]]:
     path = self.folder / "calls.jsonl"

@@ -77,6 +77,8 @@ def switch_off(resource, grace_s):
     for group in ending:
       with contextlib.suppress(ProcessLookupError):
         os.killpg(group, number)
+    with open(f"{CLOUD}/told-{resource['number']}", "w"):  # the test's jobs may wait for this
+      pass
     last = time.monotonic() + grace_s
     while number == signal.SIGTERM and time.monotonic() < last and any(map(alive, ending)):
       time.sleep(0.05)
