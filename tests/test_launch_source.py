@@ -217,6 +217,10 @@ def test_sigterm_to_an_attempt_reaches_the_command(tmp_path: pathlib.Path) -> No
   assert (tmp_path / "asked").exists()
 
 
-def test_launchers_start_without_jax() -> None:
-  code = "import sys; from kling_jax.launch import tpu_vm, attempt; sys.exit('jax' in sys.modules)"
-  assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+def test_launchers_start_from_the_repository_without_jax() -> None:
+  code = (
+    "import sys; from launch import gke, ray, slurm, tpu_vm; sys.exit('jax' in sys.modules or 'ray' in sys.modules)"
+  )
+  assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+  done = subprocess.run([sys.executable, "-m", "launch.slurm", "--help"], cwd=ROOT, capture_output=True, text=True)
+  assert done.returncode == 0 and "--array" in done.stdout
