@@ -31,7 +31,7 @@ from kling_jax.train.defaults import trainer
 
 PRESETS = ("tiny", "small", "owl1", "modern")
 STEPS = {"align": 10_000, "generate": 10_000, "world": 1_000, "self_rollout": 500}  # the paper's three, and ours
-READER = ("queries", "head.*")  # the state's side of the language model
+READER = ("queries", "places", "head.*")  # the state's side of the language model
 FILMER = ("null_state", "video.dit.*", "video.null_text")
 
 
@@ -51,9 +51,10 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
 
   c.lm = ml_collections.ConfigDict()
   c.lm.size = pick("tiny", "small", "chameleon-7b", "qwen3-vl-2b")  # models/language_model.py
-  c.lm.tokens = "bytes"  # what texts are cut into
+  c.lm.tokens = "bytes"  # what texts are cut into: bytes, or memory-v1 (the words of that world and no others)
   c.lm.patch = pick(8, 16, 64, 64)  # pixels (each way) of a frame patch that is one token
   c.lm.context = pick(65_536, 65_536, 4_096, 262_144)  # positions that it knows
+  c.lm.places = False  # a learned vector for each place of a clip, so that small models soon find the same place again
   c.lm.lora_rank = 8 if large else 0  # adapters; 0 = none
   c.lm.lora = ("q", "k", "v", "out", "gate", "up", "down") if large else ()
   c.lm.remat = "full" if large else "none"
@@ -93,6 +94,10 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
   c.data = ml_collections.ConfigDict()
   c.data.sources = ("worlds:memory-v1?count=256&seed=0",)  # worlds, clip sets, folders: anything with several clips
   c.data.weights = ()
+  c.data.captions = placeholder(
+    str
+  )  # dense captions of the videos: docs/guide/walks.md; None = the clips' own captions
+  c.data.shots = placeholder(str)  # what `kling split --json` printed of them; clip sets know their cuts
   c.data.clips = pick(5, 5, 4, 8)  # a row
   c.data.frames = pick(5, 9, 17, 17)  # a clip: 1 + 4k
   c.data.height, c.data.width = pick((32, 32), (64, 64), (576, 1024), (576, 1024))
@@ -116,6 +121,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
 
   c.loss = ml_collections.ConfigDict()
   c.loss.text = 0.5  # lambda: weight of the next-token loss beside the denoising loss
+
+  c.loss.clips = 1  # clips of a row that are filmed a step; more cost what the Video DiT costs
 
   c.own = ml_collections.ConfigDict()  # of self_rollout
   c.own.clips = 1  # clips that the model films before the one that it is trained on

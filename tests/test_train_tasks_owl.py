@@ -11,13 +11,14 @@ import owl_model
 import pytest
 
 from kling_jax import config as config_lib
-from kling_jax.data import tokens
-from kling_jax.errors import ConfigError
+from kling_jax.data import encode, tokens
+from kling_jax.errors import ConfigError, DataError
 from kling_jax.nn import params as params_lib
 from kling_jax.nn import rng
 from kling_jax.train import sharding, task
 from kling_jax.train.state import Update
 from kling_jax.train.tasks.owl import OwlTask, check_stage
+from kling_jax.world.sequence import Reading
 
 ROOT = pathlib.Path(__file__).parents[1]
 SMALL = {
@@ -152,6 +153,58 @@ def test_conditions_of_a_clip_are_the_image_the_clip_before_or_nothing_at_a_cut(
   assert np.asarray(later.context_mask_BT)[:, 0].tolist() == [True, False]
 
 
+def test_videos_are_walked_by_their_dense_captions_and_shots(tmp_path) -> None:
+  frames = (np.full((16, 16, 3), 4 * k + 20, np.uint8) for k in range(30))
+  encode.write(tmp_path / "videos" / "film.mp4", frames, fps=5)
+  said = [("dark", 0, 2), ("light", 2, 3.9), ("white", 4, 6)]
+  lines = [json.dumps({"file": "film.mp4", "caption": word, "start_s": a, "end_s": b}) for word, a, b in said]
+  (tmp_path / "said.jsonl").write_text("\n".join(lines))
+  shots = [{"start_frame": a, "end_frame": b, "start_s": a / 5, "end_s": b / 5} for a, b in ((0, 20), (20, 30))]
+  (tmp_path / "shots.json").write_text(json.dumps([{"video": "film.mp4", "shots": shots}]))
+  job = make(data__sources=(str(tmp_path / "videos"),), data__captions=str(tmp_path / "said.jsonl"), data__clips=6,
+             data__shots=str(tmp_path / "shots.json"), data__batch=1, data__validation_fraction=0.0)  # fmt: skip
+  rows = job.batches("train", 0, 1, 1)[0]
+  assert [job.tokenizer(32).decode(text) for text in rows["dynamics"][0]] == ["dark"] * 2 + ["light"] * 2 + [
+    "white"
+  ] * 2
+  assert rows["cut"][0].tolist() == [False] * 4 + [True, False]
+  with pytest.raises(DataError, match=r"nowhere.json' do not exist"):
+    make(data__captions=str(tmp_path / "nowhere.json")).batches("train", 0, 1, 1)
+
+
+def test_several_clips_of_a_row_are_filmed_as_one_after_the_other_is(batch) -> None:
+  one, three = make(), make(loss__clips=3)
+  keys = rng.sample_keys(jax.random.key(0), 0, np.arange(2))
+  first, given = jnp.array([1, 2]), {**batch, "frames_wanted": batch["frames"]}
+
+  def film(weights, job, batch, keys, clip):
+    model = params_lib.merge(job.graph, weights)
+    walk = job.walk(batch)
+    states = jax.random.normal(jax.random.key(1), (2, 3, 4, 32))
+    return job._film(model, batch, walk, Reading(states, states, None), keys, clip, None, True)
+
+  values = weights(one)
+  alone = owl_model.quick_jit(lambda weights, *given: film(weights, one, *given))
+  parts = [
+    alone(values, {**given, "index": batch["index"] * 3 + k}, jax.vmap(jax.random.fold_in, (0, None))(keys, k),
+          (first + k) % 3)
+    for k in range(3)
+  ]  # fmt: skip
+  whole = owl_model.quick_jit(lambda weights, *given: film(weights, three, *given))(values, given, keys, first)
+  np.testing.assert_allclose(whole, np.mean(parts, 0), rtol=1e-5)
+  assert np.std(parts, axis=0).min() > 1e-3
+
+
+def test_words_of_the_world_are_read_in_place_of_bytes() -> None:
+  job = make(lm__tokens="memory-v1")
+  rows = job.batches("train", 0, 1, 1)[0]
+  said = job.batches("train", 0, 1, 1).row(*job.batches("train", 0, 1, 1).at(0)).dynamics
+  assert [job.tokenizer(32).decode(text) for text in rows["dynamics"][0]] == list(said)
+  assert job.shapes["lm.table"].shape[0] == job.tokenizer(32).vocabulary == 48
+  with pytest.raises(ConfigError, match="'video.weights': that text encoder was trained on bytes"):
+    make(lm__tokens="memory-v1", video__weights="runs/base").pretrained()
+
+
 # ---- refusals, before anything is compiled -------------------------------------------------------------------------
 
 
@@ -169,6 +222,9 @@ def test_conditions_of_a_clip_are_the_image_the_clip_before_or_nothing_at_a_cut(
     ({"data.height": 20}, "20 x 16 do not divide into patches of 8"),
     ({"text.tokens": 20}, "'text.tokens' = 20 is below the longest text, 40"),
     ({"stage": "self_rollout", "own.clips": 3}, "'own.clips' = 3 of 3 clips a row; legal: 1 to 2"),
+    ({"loss.clips": 4}, "'loss.clips' = 4 in stage 'world'; legal: 1 to 3"),
+    ({"stage": "self_rollout", "loss.clips": 2}, "legal: 1 to 1"),
+    ({"lm.tokens": "words"}, "'lm.tokens' = 'words' is unknown"),
     ({"state.injection": "plus"}, "state injection 'plus' does not exist"),
   ],
 )  # fmt: skip

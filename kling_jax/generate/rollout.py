@@ -14,7 +14,6 @@ import numpy as np
 
 from kling_jax import files
 from kling_jax.data import decode, encode, grid
-from kling_jax.data.tokens import ByteTokenizer
 from kling_jax.errors import DataError, UsageError, WeightsError
 from kling_jax.models import owl as owl_lib
 from kling_jax.nn import params as params_lib
@@ -123,6 +122,11 @@ class Model:
     return self.config.data.fps
 
   @property
+  def writes(self) -> bool:
+    """Whether it was taught to write dynamics."""
+    return self.config.stage in WRITES
+
+  @property
   def clip_seconds(self) -> float:
     return self.config.data.frames / self.fps
 
@@ -130,8 +134,8 @@ class Model:
     """The number of clips that last so long, at least 1."""
     return max(round(seconds / self.clip_seconds), 1)
 
-  def check(self, clips: int, dynamics: Sequence[str | None], image: np.ndarray | None) -> None:
-    """Refuses, before anything is compiled, what the model cannot do.
+  def check(self, clips: int, dynamics: Sequence[str | None], image: np.ndarray | None, *, asked: bool = False) -> None:
+    """Refuses, before anything is compiled, what the model cannot do; `asked`: texts come later, clip by clip.
 
     Raises:
       ConfigError: more clips than there are positions; names the largest legal number.
@@ -144,21 +148,31 @@ class Model:
       if text is not None:
         self.check_text(text, self.config.data.dynamics_tokens, f"--dynamics of clip {number}")
     missing = next((number for number in range(clips) if number >= len(dynamics) or dynamics[number] is None), None)
-    if missing is not None and self.config.stage not in WRITES:
-      raise UsageError(
-        f"stage {self.config.stage!r} was never taught to write dynamics, and clip {missing} has none: give --dynamics "
-        "for every clip or --repeat_prompt, or train the stage 'world' from it"
-      )
+    if missing is not None and not asked:
+      self.check_writes(missing)
     if image is not None:
       self.check_image(image)
 
+  def check_writes(self, clip: int) -> None:
+    """UsageError where clip `clip` has no text and the model was never taught to write one."""
+    if not self.writes:
+      raise UsageError(
+        f"stage {self.config.stage!r} was never taught to write dynamics, and clip {clip} has none: give --dynamics "
+        "for every clip or --repeat_prompt, or train the stage 'world' from it"
+      )
+
   def check_text(self, text: str, places: int, what: str) -> None:
-    """UsageError where a text is empty or longer than its places."""
-    length, most = len(text.encode()), places - 2
+    """UsageError where a text is empty, longer than its places, or has words that the model does not know."""
+    tokenizer, most = self.task.tokenizer(places), places - 2
     if not text.strip():
-      raise UsageError(f"{what} is empty; give a text of 1 to {most} bytes")
+      raise UsageError(f"{what} is empty; give a text of 1 to {most} {tokenizer.unit}")
+    length = tokenizer.count(text)
     if length > most:
-      raise UsageError(f"{what} has {length} bytes; this model takes at most {most}")
+      raise UsageError(f"{what} has {length} {tokenizer.unit}; this model takes at most {most}")
+    try:
+      tokenizer([text])
+    except DataError as error:
+      raise UsageError(f"{what}: {error}") from error
 
   def check_image(self, image_HWC: np.ndarray) -> None:
     """UsageError where an image is not uint8 in the model's size."""
@@ -177,7 +191,7 @@ class Model:
     return decode.image(path, (self.config.data.height, self.config.data.width))
 
   def tokens(self, texts: Sequence[str], places: int) -> tuple[np.ndarray, np.ndarray]:
-    return ByteTokenizer(places)(texts)
+    return self.task.tokenizer(places)(texts)
 
   def _first_frame(self, params, tokens_BL, mask_BL, fps_B, keys_B):
     model = params_lib.merge(self.task.graph, params)
@@ -221,14 +235,28 @@ class Rollout:
     """The present moment."""
     return self._states[-1]
 
+  @property
+  def earliest(self) -> int:
+    """The earliest moment that is held: after so many clips."""
+    return len(self.clips) + 1 - len(self._states)
+
+  def check_next(self, dynamics: str | None) -> None:
+    """Refuses what `next` would refuse."""
+    model, number = self.model, len(self.clips)
+    model.task.check_length(number + 1, model.config.lm.context, "--clips")
+    if dynamics is None:
+      model.check_writes(number)
+    else:
+      model.check_text(dynamics, model.config.data.dynamics_tokens, f"--dynamics of clip {number}")
+
   def next(self, dynamics: str | None = None, cut: bool = False) -> Filmed:
     """Films the next clip: after `dynamics`, or after what the model writes.
 
     Raises:
       UsageError: an empty or too long text. ConfigError: no positions are left.
     """
+    self.check_next(dynamics)
     model, number = self.model, len(self.clips)
-    model.check(number + 1, [*(["x"] * number), dynamics], None)
     started = time.perf_counter()
     tokens_BL, mask_BL = model.tokens([dynamics or ""], model.config.data.dynamics_tokens)
     action = Action(*map(jnp.asarray, (tokens_BL, mask_BL, [dynamics is not None], [cut])))
@@ -241,7 +269,7 @@ class Rollout:
 
   def _text(self, clip: Clip) -> str:
     real_L = np.asarray(clip.dynamics_mask_BL)[0]
-    return ByteTokenizer(len(real_L)).decode(np.asarray(clip.dynamics_BL)[0][real_L])
+    return self.model.task.tokenizer(len(real_L)).decode(np.asarray(clip.dynamics_BL)[0][real_L])
 
   def stream(self, clips: int, dynamics: Sequence[str | None] = (), cuts: Sequence[int] = ()) -> Iterator[Filmed]:
     """Yields `clips` clips as they finish; `cuts` are the numbers of those that open a scene."""
@@ -254,7 +282,7 @@ class Rollout:
     Raises:
       UsageError: that moment is not among those that were lived.
     """
-    first = len(self.clips) + 1 - len(self._states)
+    first = self.earliest
     if not first <= clips <= len(self.clips):
       raise UsageError(f"cannot go back to clip {clips}: this rollout holds {first} to {len(self.clips)}")
     del self._states[clips - first + 1 :], self.clips[clips:]
@@ -379,7 +407,7 @@ def run(
   if wrong is not None:
     raise UsageError(f"--cut {wrong}: the clips are 0 to {clips - 1}")
   picture = None if image is None else model.read_image(image)
-  model.check(clips, texts if ask is None else ["x"] * clips, picture)
+  model.check(clips, texts, picture, asked=ask is not None)
   folder_out = pathlib.Path(out)
   folder_out.mkdir(parents=True, exist_ok=True)
   rollout = Rollout(model, prompt, picture, seed)
@@ -398,7 +426,7 @@ def run(
     filmed = rollout.next(text, cut)
     encode.write(folder_out / name(filmed.number), filmed.frames_THWC, fps=model.fps)
     tell(f"{folder_out / name(filmed.number)}  {filmed.seconds:.2f} s  {'cut, ' * cut}{filmed.dynamics}")
-  return _finish(rollout, folder_out)
+  return finish(rollout, folder_out)
 
 
 def name(number: int) -> str:
@@ -406,7 +434,7 @@ def name(number: int) -> str:
   return f"clip-{number:03d}.mp4"
 
 
-def _finish(rollout: Rollout, out: pathlib.Path) -> dict[str, Any]:
+def finish(rollout: Rollout, out: pathlib.Path) -> dict[str, Any]:
   """Writes the whole film, a contact sheet, the rollout's moment, and what was said and how long it took."""
   seconds = [clip.seconds for clip in rollout.clips]
   facts = [

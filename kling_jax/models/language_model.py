@@ -106,6 +106,7 @@ class Shape:
 
 
 PRESETS = {
+  "nano": Shape(64, 4, 2, 2, 32, 192, BYTES, tied=True, qk_norm="head"),
   "tiny": Shape(128, 4, 4, 2, 32, 384, BYTES, tied=True, qk_norm="head"),
   "small": Shape(512, 12, 8, 4, 64, 1536, BYTES, tied=True, qk_norm="head"),
   "chameleon-7b": Shape(

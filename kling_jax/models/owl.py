@@ -45,6 +45,7 @@ class OwlConfig:
     slots: state tokens that the Video DiT is given; other than `queries`, a resampler makes them.
     text_depth, text_tokens: layers of the byte encoder of the Video DiT's text, and the longest text.
     patch: pixels (each way) of a frame patch that is one token of the language model.
+    places: places of a clip in the sequence that have a learned vector, added to what stands there; 0 for none.
     lora_rank, lora: rank of the adapters and the projections of the language model that have them; 0 and () for none.
   """
 
@@ -56,6 +57,7 @@ class OwlConfig:
   text_depth: int = 1
   text_tokens: int = 96
   patch: int = 8
+  places: int = 0
   lora_rank: int = 0
   lora: tuple[str, ...] = ()
 
@@ -143,8 +145,9 @@ class Owl(nnx.Module):
     """Builds the parts; `codec` is one with weights, None for the wavelet."""
     self.config = config
     self.lm = LanguageModel(config.lm, rngs=rngs)
-    queries = jax.random.normal(rngs.params(), (config.queries, config.lm.width), jnp.float32) * 0.02
-    self.queries = nnx.Param(queries, axes=(None, "embed"))
+    vectors = lambda count: jax.random.normal(rngs.params(), (count, config.lm.width), jnp.float32) * 0.02
+    self.queries = nnx.Param(vectors(config.queries), axes=(None, "embed"))
+    self.places = nnx.Param(vectors(config.places), axes=(None, "embed")) if config.places else None
     self.head = StateHead(config, rngs=rngs)
     self.null_state = nnx.Param(jnp.zeros((config.slots, config.dit.text_width)), axes=(None, "text"))
     self.video = TextToVideo(
@@ -163,6 +166,13 @@ class Owl(nnx.Module):
     """The state queries as tokens (rows, Q, D); the same ones for every clip."""
     queries_QD = used(self.queries[...], (None, "embed"), dtype)
     return jnp.broadcast_to(queries_QD, (rows, *queries_QD.shape))
+
+  def at_places(self, x_BLD: jax.Array, first: jax.Array | int = 0) -> jax.Array:
+    """Embeddings (..., L, D) that stand in a clip from its place `first` on, with the vectors of their places."""
+    if self.places is None:
+      return x_BLD
+    places_LD = used(self.places[...], (None, "embed"), x_BLD.dtype)
+    return x_BLD + jax.lax.dynamic_slice_in_dim(places_LD, first, x_BLD.shape[-2])
 
   # ---- the Video DiT's side ------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""What a Video DiT config costs before it runs: parameters by part, tokens a clip, FLOPs a token."""
+"""What a config costs before it runs: parameters by part, tokens of a sample, FLOPs a token; Video DiTs and Owl."""
 
 import dataclasses
 import functools
@@ -11,6 +11,7 @@ from kling_jax import config as config_lib
 from kling_jax.errors import ConfigError
 from kling_jax.models.flop_rules import EXACT, FlopRule
 from kling_jax.train import task
+from kling_jax.train.tasks.owl import OwlTask
 from kling_jax.train.tasks.video_dit import VideoDiTTask
 
 # Where a trained parameter is counted, by the start of its name; the law's N is `blocks` alone.
@@ -23,7 +24,7 @@ PARTS = {
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-  """The size of a run's model and clip.
+  """The size of a run's model and clip. Of a world model: all that is trained, and a walk in place of a clip.
 
   Attributes:
     params: N of the laws: the matrices of the blocks, 16 width^2 depth in the scaling family (embeddings, modulation,
@@ -50,14 +51,14 @@ class Cost:
 
 
 def of(config: ml_collections.ConfigDict) -> Cost:
-  """The cost of a `video_dit` config with one bucket.
+  """The cost of an `owl` config, or of a `video_dit` config with one bucket.
 
   Raises:
     ConfigError: another task, several buckets, or a size that does not exist.
   """
-  if config.get("task") != "video_dit":
-    raise ConfigError(f"scaling sweeps count tokens of task 'video_dit', not {config.get('task')!r}")
-  if len(config.data.buckets) != 1:
+  if config.get("task") not in ("video_dit", "owl"):
+    raise ConfigError(f"sweeps count tokens of the tasks 'video_dit' and 'owl', not {config.get('task')!r}")
+  if config.task == "video_dit" and len(config.data.buckets) != 1:
     raise ConfigError(f"data.buckets has {len(config.data.buckets)} buckets; a law of tokens needs one size of clip")
   values = config_lib.plain(config) | {"seed": 0, "steps": 1}  # what runs of one size differ in
   values["optimizer"] |= {"lr": 1e-3, "warmup": 0}
@@ -70,6 +71,8 @@ def of(config: ml_collections.ConfigDict) -> Cost:
 def _of(values: str) -> Cost:
   config = config_lib.restore(json.loads(values))
   job = task.make(config)
+  if isinstance(job, OwlTask):
+    return _of_world(job)
   assert isinstance(job, VideoDiTTask)
   counts = {"blocks": 0, "vectors": 0, "ends": 0, "conditions": 0, "text": 0}
   for name, leaf in job.shapes.items():
@@ -86,3 +89,15 @@ def _of(values: str) -> Cost:
     clip_tokens=tokens,
     flops_per_token=flops / tokens,
   )
+
+
+def _of_world(job: OwlTask) -> Cost:
+  counts = {"language": 0, "state": 0, "video": 0}
+  for name, leaf in job.shapes.items():
+    if job.trainable(name):
+      part = {"lm": "language", "lora": "language", "video": "video"}.get(name.partition(".")[0], "state")
+      counts[part] += leaf.size
+  d, dit = job.config.data, job.owl.dit
+  shape = (1, d.clips, d.frames, d.height, d.width, 3)
+  tokens, flops = job.step_cost({"frames": jax.ShapeDtypeStruct(shape, "uint8")})
+  return Cost(sum(counts.values()), counts, dit.width, dit.depth, tokens, flops / tokens)

@@ -32,7 +32,9 @@ OWN = ("sweep.arm", "sweep.split")
 # Keys that change how a run is done and not what it learns; they are no part of a run's id.
 HOW = ("mesh", "log", "checkpoint", "data.threads", "data.workers", "data.memory_gib")
 # Of paths only the last name counts.
-PATHS = ("data.sources", "data.validation_sources", "codec.weights", "text.weights", "init_from")
+PATHS = (
+  "data.sources", "data.validation_sources", "data.captions", "data.shots", "codec.weights", "text.weights", "init_from",
+)  # fmt: skip
 # Keys that runs of one compiled program may differ in.
 ARGUMENTS = ("optimizer.lr", "seed", "steps", "validation", "data.sources", "data.validation_sources")
 

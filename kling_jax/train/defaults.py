@@ -17,6 +17,7 @@ def trainer() -> ml_collections.ConfigDict:
   c.precision = "float32"  # compute dtype; master weights, norms and softmax stay float32. bfloat16 on TPU and GPU
   c.init_from = placeholder(str)  # warm start: a work directory or a folder of safetensors
   c.init_allow_missing = ()  # patterns of parameters that may keep their random start under init_from
+  c.init_skip = ()  # patterns of parameters that keep it though init_from has them
 
   c.optimizer = opt = ml_collections.ConfigDict()
   opt.lr = 3e-4  # peak

@@ -1,5 +1,6 @@
 """Weights from elsewhere at step 0: `init_from` and frozen pretrained parts, with a strict report."""
 
+import fnmatch
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -8,7 +9,7 @@ from typing import NamedTuple
 import jax
 import ml_collections
 
-from kling_jax import files
+from kling_jax import files, stores
 from kling_jax.errors import WeightsError
 from kling_jax.interop import detect, safetensors
 from kling_jax.nn.params import Params
@@ -36,7 +37,8 @@ def apply(
 
   Args:
     params: the random ones, sharded.
-    config: `init_from` (whole model) and `init_allow_missing` (patterns that may keep their random start).
+    config: `init_from` (whole model), `init_allow_missing` (patterns that may keep their random start) and `init_skip`
+      (patterns that do so whatever `init_from` has).
     folder: the work directory.
     shardings: where each parameter lives.
     pretrained: {path prefix: work directory or safetensors folder} of parts that have weights of their own, and
@@ -54,14 +56,18 @@ def apply(
     wanted = {
       name.removeprefix(prefix): jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=shardings[name])
       for name, value in params.items()
-      if name.startswith(prefix)
+      if name.startswith(prefix) and (prefix or not _listed(name, config.init_skip))
     }
-    loaded, lines = load(pathlib.Path(source), wanted, allowed)
+    loaded, lines = load(pathlib.Path(stores.here(source)), wanted, allowed)
     params = params | {prefix + name: jax.device_put(value, shardings[prefix + name]) for name, value in loaded.items()}
     report.append({"source": str(source), "prefix": prefix, **lines})
   if report and jax.process_index() == 0:
     files.write_json(folder / REPORT, report)
   return params
+
+
+def _listed(name: str, patterns: Sequence[str]) -> bool:
+  return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def origins(folder: pathlib.Path) -> list[dict[str, str]]:

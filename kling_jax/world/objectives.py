@@ -1,5 +1,8 @@
 """What a world model is trained for: states like text features, texts that come true, and one clip of a walk."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -46,6 +49,31 @@ def next_token(logits_BOLV: jax.Array, walk: Walk) -> tuple[jax.Array, jax.Array
   right_BOL = jnp.argmax(logits_BOLV, -1) == tokens_BOL
   mean = lambda x_BOL: jnp.sum(x_BOL * counted_BOL, (1, 2)) / jnp.maximum(counted_BOL.sum((1, 2)), 1)
   return mean(loss_BOL), mean(right_BOL)
+
+
+def next_token_by_clip(
+  logits_of: Callable[[jax.Array], jax.Array], hidden_BOLD: jax.Array, walk: Walk
+) -> tuple[jax.Array, jax.Array]:
+  """`next_token` of logits_of(hidden), one clip at a time and once more backward: the logits of one clip in memory.
+
+  With a large vocabulary those of a whole walk are the largest array of a training step.
+  """
+  tokens_BOL, counted_BOL = sequence.targets(walk)
+
+  @jax.checkpoint
+  def clip(sums: tuple[jax.Array, jax.Array], part: Any) -> tuple[tuple[jax.Array, jax.Array], None]:
+    hidden_BLD, tokens_BL, counted_BL = part
+    logits_BLV = logits_of(hidden_BLD)
+    loss_BL = optax.softmax_cross_entropy_with_integer_labels(logits_BLV, tokens_BL)
+    right_BL = jnp.argmax(logits_BLV, -1) == tokens_BL
+    total = lambda x_BL: jnp.sum(x_BL * counted_BL, 1)
+    return (sums[0] + total(loss_BL), sums[1] + total(right_BL)), None
+
+  zero_B = jnp.zeros(tokens_BOL.shape[0], jnp.float32)
+  parts = jax.tree.map(lambda x_BO: jnp.moveaxis(x_BO, 1, 0), (hidden_BOLD, tokens_BOL, counted_BOL))
+  (loss_B, right_B), _ = jax.lax.scan(clip, (zero_B, zero_B), parts)
+  count_B = jnp.maximum(counted_BOL.sum((1, 2)), 1)
+  return loss_B / count_B, right_B / count_B
 
 
 def of_clip(x_BO: jax.Array, clip_B: jax.Array) -> jax.Array:

@@ -231,11 +231,12 @@ class World:
     observed_BLD = model.embed_frames(shown_BTHWC, self.dtype)
     return self._read(model, cache, observed_BLD, clip, self.layout.dynamics + self.layout.queries)[1]
 
-  def _read(self, model: Owl, cache: Cache, x_BLD, clip, first: int, real_BL=None, mutual: bool = False):
+  def _read(self, model: Owl, cache: Cache, x_BLD, clip, first: jax.Array | int, real_BL=None, mutual: bool = False):
     """Reads a part of a clip that begins at its place `first` into the cache."""
     count = x_BLD.shape[1]
     positions = self.layout.positions(clip, first, count)
     pairs = jnp.ones((1, count, cache.room), bool) if mutual else None
+    x_BLD = model.at_places(x_BLD, first)
     return reading(model.lm(x_BLD, positions=positions, real_BL=real_BL, pairs_BNL=pairs, cache=cache))
 
   def _write(self, model: Owl, cache: Cache, state: RolloutState, skip_B: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -47,10 +47,12 @@ class Reading:
 
   Attributes:
     state_BOQD: states of all clips, after the state head.
+    hidden_BOLD: what the logits are made of.
     logits_BOLV: logits of the dynamics' places 1 .. L - 1; None where they were not asked for.
   """
 
   state_BOQD: jax.Array
+  hidden_BOLD: jax.Array
   logits_BOLV: jax.Array | None
 
 
@@ -67,7 +69,8 @@ def read(model: Owl, layout: Layout, policy: HistoryPolicy, walk: Walk, *, dtype
   text, states = layout.dynamics, layout.dynamics + layout.queries
   asked_NQD = blocks_BOLD[:, :, text:states].reshape(rows * clips, layout.queries, -1)
   state_BOQD = model.head(asked_NQD).reshape(rows, clips, model.config.slots, -1)
-  return Reading(state_BOQD, model.lm.logits(blocks_BOLD[:, :, : text - 1]) if logits else None)
+  hidden_BOLD = blocks_BOLD[:, :, : text - 1]
+  return Reading(state_BOQD, hidden_BOLD, model.lm.logits(hidden_BOLD) if logits else None)
 
 
 def embed(model: Owl, layout: Layout, walk: Walk, dtype) -> jax.Array:
@@ -85,7 +88,7 @@ def embed(model: Owl, layout: Layout, walk: Walk, dtype) -> jax.Array:
   frames = walk.key_frames_BOTHWC
   observed_NLD = model.embed_frames(frames.reshape(rows * clips, *frames.shape[2:]), dtype)
   parts = [dynamics_NLD, model.query_tokens(rows * clips, dtype), observed_NLD]
-  blocks_BLD = jnp.concatenate(parts, axis=1).reshape(rows, clips * layout.clip, -1)
+  blocks_BLD = model.at_places(jnp.concatenate(parts, axis=1)).reshape(rows, clips * layout.clip, -1)
   return jnp.concatenate([*embed_prefix(model, walk.image_BHWC, walk.prompt_BL, dtype), blocks_BLD], axis=1)
 
 

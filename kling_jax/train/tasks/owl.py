@@ -21,7 +21,8 @@ import jax.numpy as jnp
 import ml_collections
 from flax import nnx
 
-from kling_jax.data import mixture, tokens, walks
+from kling_jax.data import dense_captions, memory_world, mixture, tokens, walks
+from kling_jax.data.tokens import ByteTokenizer, TextTokenizer, WordTokenizer
 from kling_jax.diffusion import loss as loss_lib
 from kling_jax.diffusion import process as process_lib
 from kling_jax.diffusion import time as time_lib
@@ -46,6 +47,7 @@ from kling_jax.world.rollout import World, Writer
 
 STAGES = ("align", "generate", "world", "self_rollout")  # in this order
 DYNAMICS = {"data.dynamics": ("dense", "caption"), "data.target": ("next", "current")}
+TOKENS = ("bytes", memory_world.WORLD)
 NEW = ("dit.state.*", "dit.blocks.state_attn.*", "dit.fps.*", "codec.*")  # what a base Video DiT does not have
 
 
@@ -56,7 +58,7 @@ class OwlTask(Task):
 
   def __init__(self, config: ml_collections.ConfigDict):
     c = config
-    choices = {"stage": STAGES, **DYNAMICS, "codec.name": ("haar", "vae"), "lm.tokens": ("bytes",)}
+    choices = {"stage": STAGES, **DYNAMICS, "codec.name": ("haar", "vae"), "lm.tokens": TOKENS}
     for key, legal in choices.items():
       value = functools.reduce(lambda group, part: group[part], key.split("."), c)
       if value not in legal:
@@ -71,6 +73,7 @@ class OwlTask(Task):
       key_frames=c.data.key_frames,
       mutual=c.state.mutual,
     )
+    self.owl = dataclasses.replace(self.owl, places=self.layout.clip if c.lm.places else 0)
     self.policy = HistoryPolicy(c.history.window, c.history.states)
     self._check_sizes(c)
     super().__init__(config)
@@ -93,6 +96,9 @@ class OwlTask(Task):
     if longest > c.text.tokens:
       raise ConfigError(f"config key 'text.tokens' = {c.text.tokens} is below the longest text, {longest}")
     self.check_length(c.data.clips, c.lm.context, "config key 'data.clips'")
+    most = 1 if c.stage == "self_rollout" else c.data.clips
+    if not 1 <= c.loss.clips <= most:
+      raise ConfigError(f"config key 'loss.clips' = {c.loss.clips} in stage {c.stage!r}; legal: 1 to {most}")
     if c.stage == "self_rollout" and not 1 <= c.own.clips < c.data.clips:
       raise ConfigError(
         f"config key 'own.clips' = {c.own.clips} of {c.data.clips} clips a row; legal: 1 to {c.data.clips - 1}"
@@ -130,6 +136,11 @@ class OwlTask(Task):
     if c.init_from:
       check_stage(pathlib.Path(c.init_from), c.stage)
       return {}
+    if c.video.weights and c.lm.tokens != "bytes":
+      raise ConfigError(
+        f"config keys 'lm.tokens' = {c.lm.tokens!r} and 'video.weights': that text encoder was trained on bytes, and "
+        "both read the same tokens; leave 'video.weights' away, or set lm.tokens = 'bytes'"
+      )
     if not c.video.weights and c.stage == "align":
       raise ConfigError(
         "config key 'video.weights' is not set: stage align copies a text encoder that was trained, so it needs the "
@@ -206,6 +217,10 @@ class OwlTask(Task):
 
   # ---- data --------------------------------------------------------------------------------------------------------
 
+  def tokenizer(self, places: int) -> TextTokenizer:
+    """What cuts texts into tokens, for texts of `places` places, marks included."""
+    return ByteTokenizer(places) if self.config.lm.tokens == "bytes" else WordTokenizer(places, memory_world.WORDS)
+
   @functools.cached_property
   def sources(self) -> mixture.Mixture:
     return mixture.Mixture.open(self.config.data.sources, self.config.data.weights, self.config.data.memory_gib)
@@ -218,8 +233,10 @@ class OwlTask(Task):
       seed=self.config.seed,
       split=split,
       validation_fraction=d.validation_fraction,
-      prompt_tokenizer=tokens.ByteTokenizer(d.prompt_tokens),
-      dynamics_tokenizer=tokens.ByteTokenizer(d.dynamics_tokens),
+      captions=dense_captions.read(d.captions) if d.captions else None,
+      shots=dense_captions.read_shots(d.shots) if d.shots else None,
+      prompt_tokenizer=self.tokenizer(d.prompt_tokens),
+      dynamics_tokenizer=self.tokenizer(d.dynamics_tokens),
       process_index=process_index,
       process_count=process_count,
       multiple_of=multiple_of,
@@ -251,10 +268,10 @@ class OwlTask(Task):
     cost = language_model.forward_flops(self.owl.lm, places, predicted=clips * self.layout.dynamics)
     if c.stage == "align":
       return rows * places, 3.0 * rows * cost
-    cost += flops.video_dit_forward(
+    cost += c.loss.clips * flops.video_dit_forward(
       self.owl.dit, *shape[:3], self.layout.dynamics, context_frames=c.context.frames, state_len=self.owl.slots
     )
-    return rows * (places + video), 3.0 * rows * cost
+    return rows * (places + c.loss.clips * video), 3.0 * rows * cost
 
   def walk(self, batch: Batch) -> sequence.Walk:
     """The language model's part of a batch: d_{t-1} before clip t, as `data.dynamics` and `data.target` say."""
@@ -283,19 +300,35 @@ class OwlTask(Task):
       batch, before_BTHWC = self.own_past(model, batch, keys_B, clip_B)
     walk, wanted = self.walk(batch), batch["frames_wanted"] if "frames_wanted" in batch else batch["frames"]
     writes = c.stage in ("world", "self_rollout")
-    reading = sequence.read(model, self.layout, self.policy, walk, dtype=self.dtype, logits=writes)
+    reading = sequence.read(model, self.layout, self.policy, walk, dtype=self.dtype, logits=False)
     if c.stage == "align":
       return self._align(model, reading, walk)
-    given = self.conditions(model, batch, walk, reading.state_BOQD, clip_B, before_BTHWC)
-    x0_BTHWC = self._encode(model, objectives.of_clip(wanted, clip_B))
-    film_B = self._denoising(model, x0_BTHWC, given, batch, keys_B, train)
+    film_B = self._film(model, {**batch, "frames_wanted": wanted}, walk, reading, keys_B, clip_B, before_BTHWC, train)
     metrics = {"film": jnp.mean(film_B)}
     if not writes:
       return film_B, metrics
-    assert reading.logits_BOLV is not None
-    text_B, right_B = objectives.next_token(reading.logits_BOLV, walk)
+    text_B, right_B = objectives.next_token_by_clip(model.lm.logits, reading.hidden_BOLD, walk)
     metrics |= {"text": jnp.mean(text_B), "text_accuracy": jnp.mean(right_B)}
     return film_B + c.loss.text * text_B, metrics
+
+  def _film(
+    self, model: Owl, batch: Batch, walk: sequence.Walk, reading: sequence.Reading, keys_B: jax.Array,
+    clip_B: jax.Array, before_BTHWC: jax.Array | None, train: bool,
+  ) -> jax.Array:  # fmt: skip
+    """Denoising loss (B,) of clip `clip_B` of each row and, for loss.clips above 1, of others spread evenly from it."""
+    rows, clips = batch["frames"].shape[:2]
+    number, state_BOQD = self.config.loss.clips, reading.state_BOQD
+    if number > 1:  # each row once for each of its clips
+      batch, walk, state_BOQD, keys_B, clip_B = jax.tree.map(
+        lambda x: jnp.repeat(x, number, axis=0), (dict(batch), walk, state_BOQD, keys_B, clip_B)
+      )
+      place_B = jnp.tile(jnp.arange(number), rows)
+      clip_B = (clip_B + place_B * clips // number) % clips
+      keys_B = jax.vmap(jax.random.fold_in)(keys_B, place_B)
+      batch["index"] = batch["index"] * number + place_B
+    given = self.conditions(model, batch, walk, state_BOQD, clip_B, before_BTHWC)
+    x0_BTHWC = self._encode(model, objectives.of_clip(batch["frames_wanted"], clip_B))
+    return self._denoising(model, x0_BTHWC, given, batch, keys_B, train).reshape(rows, number).mean(1)
 
   def _chosen_clip(self, batch: Batch, keys_B: jax.Array, train: bool) -> jax.Array:
     """Which clip of each row is filmed: drawn, or by the row's number in a validation table."""
@@ -417,6 +450,11 @@ def _caption(prompt_BL: jax.Array, mask_BL: jax.Array, shape: tuple[int, int, in
   return every(tokens_BL), every(mask_BL)
 
 
+def _vocabulary(c: ml_collections.ConfigDict) -> dict[str, int]:
+  """The number of tokens, where it is not that of the language model's preset."""
+  return {"vocabulary": tokens.SPECIAL + len(memory_world.WORDS)} if c.lm.tokens == memory_world.WORLD else {}
+
+
 def _owl_config(c: ml_collections.ConfigDict) -> OwlConfig:
   dit = dataclasses.replace(
     video_dit.preset(c.video.size),
@@ -427,7 +465,7 @@ def _owl_config(c: ml_collections.ConfigDict) -> OwlConfig:
     remat=c.video.remat,
   )
   return OwlConfig(
-    lm=language_model.preset(c.lm.size, remat=c.lm.remat),
+    lm=language_model.preset(c.lm.size, remat=c.lm.remat, **_vocabulary(c)),
     dit=dit,
     queries=c.state.queries,
     injection=c.state.injection,
