@@ -38,7 +38,7 @@ EXTRAS = {
   "quantize": ["qwix>=0.1.8"],  # int8 and float8 products
   "track": ["tensorboardX>=2.6", "wandb>=0.18"],  # log.tensorboard, log.wandb
   "sweep": ["matplotlib>=3.9"],  # plots of scaling laws
-  "cloud": ["fsspec>=2024.6", "s3fs", "gcsfs"],  # s3:// and gs:// in `kling fetch`
+  "cloud": ["fsspec>=2024.6", "s3fs", "gcsfs"],  # s3:// and gs:// wherever a path is taken
   "caption": ["tokenizers>=0.20", "sentencepiece>=0.2"],  # tokenizers of pretrained text encoders
   "ray": ["ray[data]>=2.40"],  # curation and sweeps on many machines
   "eval": ["scikit-image>=0.24"],  # independent references of the metrics

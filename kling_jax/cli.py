@@ -30,7 +30,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse([word for word in arguments if word != "--debug"])
     args.debug = debug
     _prepare()
-    return args.run(args)
+    from kling_jax import stores
+
+    with stores.Session():  # paths may be addresses of object stores
+      stores.at_hand(args)
+      return args.run(args)
   except BrokenPipeError:  # `kling split ... | head`
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
@@ -230,13 +234,18 @@ def _add_train(parser: Parser) -> None:
 
 
 def _train(args: argparse.Namespace) -> int:
-  from kling_jax import config
+  from kling_jax import config, stores
   from kling_jax.train import distributed
 
   loaded = config.load(args.config, args.overrides)
   job = distributed.detect(
     args.distributed, coordinator=args.coordinator, processes=args.processes, process=args.process
   )
+  if job.count > 1 and (address := stores.address_of(args.workdir)) is not None:
+    raise UsageError(
+      f"{address}: a work directory of several processes must be one that all see: a shared disk, or the bucket "
+      "mounted with gcsfuse or mountpoint-s3"
+    )
   end = distributed.supervise(job, args.heartbeat)
   try:
     distributed.start(job, args.heartbeat)

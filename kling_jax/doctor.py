@@ -16,7 +16,7 @@ EXTRAS = {
   "demo": (("plotly",), "charts in the report pages"),
   "eval": (("skimage",), "independent references of the metrics"),
   "sweep": (("matplotlib",), "plots of scaling laws"),
-  "cloud": (("fsspec", "s3fs", "gcsfs"), "s3:// and gs:// in `kling fetch`"),
+  "cloud": (("fsspec", "s3fs", "gcsfs"), "s3:// and gs:// wherever a path is taken"),
   "caption": (("tokenizers", "sentencepiece"), "tokenizers of pretrained text encoders"),
   "ray": (("ray",), "curation on many machines"),
   "tpu": (("libtpu",), "TPU devices"),

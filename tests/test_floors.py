@@ -12,6 +12,7 @@ FLOORS = [
     "errors",
     "answers",
     "files",
+    "stores",
     "progress",
     "page",
     "config",

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
+from kling_jax import stores
 from kling_jax.data.memory import remembered
 from kling_jax.data.open import open_source
 from kling_jax.data.source import ClipInfo, ClipSource
@@ -134,7 +135,7 @@ def home(spec: str) -> pathlib.Path | None:
   kind, colon, rest = spec.partition(":")
   if colon and kind == "worlds":
     return None
-  path = pathlib.Path(rest if colon and kind == "tfds" else spec).expanduser()
+  path = pathlib.Path(stores.here(rest if colon and kind == "tfds" else spec)).expanduser()
   return path.parent if path.is_file() or path.name == "records" else path
 
 

@@ -5,7 +5,7 @@ import pathlib
 import typing
 import urllib.parse
 
-from kling_jax import errors
+from kling_jax import errors, stores
 from kling_jax.data.source import ClipSource
 
 # Sources are imported when one is opened: a world needs no Arrow, a table no TFDS.
@@ -23,6 +23,7 @@ def open_source(spec: str | os.PathLike[str] | dict[str, typing.Any]) -> ClipSou
       FILE.tar: a WebDataset shard;
       DIR: a clip set of ours (clips.parquet, or its `records` folder), a TFDS data set, a folder of WebDataset shards
       (it holds .tar files), or a folder of videos;
+      any of these as an address of an object store, such as s3://BUCKET/DIR or gs://BUCKET/DIR (`stores`);
       a dict {"source": one of the above, **arguments of the source's class}, for example
       {"source": "videos", "quarantine": "videos/quarantine.jsonl", "min_frames": 17}.
 
@@ -39,7 +40,7 @@ def open_source(spec: str | os.PathLike[str] | dict[str, typing.Any]) -> ClipSou
     if colon and kind == "worlds":
       return _world(rest, options)
     if colon and kind == "tfds":
-      return _tfds(rest, options)
+      return _tfds(stores.here(rest), options)
     return _path(name, options)
   except TypeError as error:
     if options and "argument" in str(error):
@@ -48,7 +49,7 @@ def open_source(spec: str | os.PathLike[str] | dict[str, typing.Any]) -> ClipSou
 
 
 def _path(name: str, options: dict[str, typing.Any]) -> ClipSource:
-  path = pathlib.Path(name).expanduser()
+  path = pathlib.Path(stores.here(name)).expanduser()
   if path.is_dir():
     if (path / "clips.parquet").exists() or any(path.glob("*.array_record")) or (path / "records").is_dir():
       from kling_jax.data.records import RecordSource

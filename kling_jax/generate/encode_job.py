@@ -17,7 +17,7 @@ import ml_collections
 import numpy as np
 
 from kling_jax import config as config_lib
-from kling_jax import progress
+from kling_jax import progress, stores
 from kling_jax.curation import engine, ray_engine
 from kling_jax.data import buckets as buckets_lib
 from kling_jax.data.cache import Card, Writer, chunk_path, text_variant, write_chunk
@@ -142,6 +142,7 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
       moments.add(array)
     if entries:
       write_chunk(path, card, entries)
+      stores.push()  # of another node the mirror is another
   return {"encoded": len(entries), "failed": failed, "moments": dataclasses.asdict(moments)}
 
 

@@ -10,6 +10,7 @@ import ml_collections
 import numpy as np
 from flax import nnx
 
+from kling_jax import stores
 from kling_jax.data.cache import Card, LatentCache, TextCache, weights_hash
 from kling_jax.data.tokens import ByteTokenizer, FileTokenizer
 from kling_jax.errors import ConfigError, WeightsError
@@ -135,7 +136,7 @@ def _foreign_text(config: ml_collections.ConfigDict) -> detect.Foreign | None:
   c = config.text
   if c.encoder != "cached":
     raise ConfigError(f"config key 'text.encoder' = {c.encoder!r} reads no cache; 'cached' does")
-  source = pathlib.Path(c.weights or ".")
+  source = pathlib.Path(stores.here(c.weights or "."))
   if not c.weights or not source.exists() or workdir.is_one(source):
     return None
   found = detect.recognise(source)
@@ -197,5 +198,6 @@ def _load(init: Callable[[], nnx.Module], source: str | None, prefix: str, key: 
   if not source:
     raise ConfigError(f"config key {key!r} is not set; name a work directory that trained it, or a safetensors folder")
   graph, shapes, _ = params_lib.abstract(init)
-  loaded, _ = warm_start.load(pathlib.Path(source), {prefix + name: leaf for name, leaf in shapes.items()}, ())
+  wanted = {prefix + name: leaf for name, leaf in shapes.items()}
+  loaded, _ = warm_start.load(pathlib.Path(stores.here(source)), wanted, ())
   return graph, {name.removeprefix(prefix): value for name, value in loaded.items()}
