@@ -1,8 +1,11 @@
 """Flags and answers of `kling rollout`; imports nothing heavy until it runs."""
 
 import argparse
+import sys
+from typing import Any
 
 from kling_jax import answers
+from kling_jax.errors import UsageError
 
 SCALES = {"state": "state and text", "history": "the clip before", "rescale": "rescale, 0 to 1"}
 
@@ -20,6 +23,9 @@ def add(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("--cut", action="append", type=int, help="number of a clip that opens a new scene")
   parser.add_argument("--interactive", action="store_true",
                       help="asks before each clip: a text, nothing, /cut [text], /back or /quit")  # fmt: skip
+  parser.add_argument("--serve", action="store_true",
+                      help="a page on this machine that plays clips as they come: act, cut, go back, fork")  # fmt: skip
+  parser.add_argument("--port", type=int, default=0, help="of --serve (default: a free one)")
   parser.add_argument("--seed", type=int, default=0)
   parser.add_argument("--steps", type=int, help="sampler steps")
   parser.add_argument("--sampler", help="euler, heun, ddim, dpmpp_2m")
@@ -43,6 +49,8 @@ def run(args: argparse.Namespace) -> int:
     history=args.guidance_history, rescale=args.guidance_rescale, form=args.history_form, level=args.history_level,
     temperature=args.temperature, top_p=args.top_p, repetition=args.repetition,
   )  # fmt: skip
+  if args.serve:
+    return _serve(args, settings)
   report = rollout.run(
     args.workdir, args.prompt, args.out, clips=args.clips, length=args.length, image=args.image,
     dynamics=args.dynamics, repeat_prompt=args.repeat_prompt, cuts=args.cut, seed=args.seed, step=args.step,
@@ -53,4 +61,18 @@ def run(args: argparse.Namespace) -> int:
   elif report["clips"]:
     later = f", then {report['clip_s']} s a clip" if report["clip_s"] is not None else ""
     print(f"{args.out}: {len(report['clips'])} clips, the first after {report['first_clip_s']} s{later}")
+  return 0
+
+
+def _serve(args: argparse.Namespace, settings: Any) -> int:
+  from kling_jax.generate import rollout_server
+
+  for flag in ("clips", "length", "dynamics", "repeat_prompt", "cut", "interactive", "json"):
+    if getattr(args, flag):
+      raise UsageError(f"--{flag} and --serve do not go together: the page asks what happens, clip by clip")
+  folders = rollout_server.serve(
+    args.workdir, args.prompt, args.out, image=args.image, seed=args.seed, step=args.step, settings=settings,
+    port=args.port,
+  )  # fmt: skip
+  print("films: " + " ".join(map(str, folders)), file=sys.stderr)
   return 0

@@ -33,7 +33,8 @@ OWN = ("sweep.arm", "sweep.split")
 HOW = ("mesh", "log", "checkpoint", "data.threads", "data.workers", "data.memory_gib")
 # Of paths only the last name counts.
 PATHS = (
-  "data.sources", "data.validation_sources", "data.captions", "data.shots", "codec.weights", "text.weights", "init_from",
+  "data.sources", "data.validation_sources", "data.captions", "data.shots", "codec.weights", "text.weights",
+  "init_from",
 )  # fmt: skip
 # Keys that runs of one compiled program may differ in.
 ARGUMENTS = ("optimizer.lr", "seed", "steps", "validation", "data.sources", "data.validation_sources")
