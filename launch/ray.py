@@ -62,7 +62,7 @@ class Ray:
             "initializeParams": {"diskSizeGb": a.disk, "sourceImage": a.disk_image}}  # fmt: skip
     node = {"machineType": a.machine, "disks": [disk], "labels": {OWNED: "launch"}, "scheduling": scheduling}
     spot = node | {"scheduling": scheduling | {"provisioningModel": "SPOT"}} if a.spot else node
-    return {
+    made = {
       "cluster_name": self.job.name,
       "max_workers": a.workers,
       "idle_timeout_minutes": 15,
@@ -84,7 +84,8 @@ class Ray:
         f"{BIN}/ray start --head --port=6379 --autoscaling-config=~/ray_bootstrap_config.yaml",
       ],
       "worker_start_ray_commands": [f"{BIN}/ray stop", f"{BIN}/ray start --address=$RAY_HEAD_IP:6379"],
-    }  # fmt: skip
+    }
+    return json.loads(json.dumps(made))  # no part twice: Ray changes what it has read
 
   # ---- calls ---------------------------------------------------------------------------------------------------------
 
