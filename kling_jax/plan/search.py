@@ -35,8 +35,8 @@ def seconds(job: Task, mesh: Mapping[str, int], topology: Topology) -> float:
   """An estimate of a training step, for ranking: products, and transfers that the compiler's schedule leaves exposed.
 
   Per device and block, with n the tokens of a device, D the width, P its kernels' numbers and bfloat16 activations:
-    fsdp     kernels gathered forward and again backward, gradients scattered: (2 + 2 + 4) P (fsdp - 1) / fsdp bytes;
-             where context or replica share the kernels too, an all-reduce of twice the bytes of the last part
+    fsdp     kernels gathered forward and again backward: (2 + 2) P (fsdp - 1) / fsdp bytes; gradients scattered, 4 P,
+             or, where context or replica share the kernels too, summed whole on all of them: 8 P
     tensor   two sums of activations forward, two again and two backward (and the text's): 6 * 2 * 2 n D bytes
     context  the cheaper of ring (nothing exposed but its first hop) and Ulysses (twelve exchanges of n D)
   Every axis is taken to have the links of one torus dimension, both ways.
@@ -53,8 +53,9 @@ def seconds(job: Task, mesh: Mapping[str, int], topology: Topology) -> float:
   for stack in work.stacks(job):
     kernels = [n for n in job.shapes if n.startswith(stack.prefix) and len(job.shapes[n].shape) > 2]
     block = sum(math.prod(job.shapes[n].shape) for n in kernels) / stack.depth / mesh["tensor"]
-    shared = mesh["context"] > 1 or mesh["replica"] > 1
-    gathers = (2 * item + (8 if shared else 4)) * block * rest(mesh["fsdp"]) * accumulate
+    sharing = mesh["replica"] * mesh["context"] * mesh["fsdp"]
+    gradients = 8 * rest(sharing) if sharing > mesh["fsdp"] else 4 * rest(sharing)
+    gathers = (2 * item * rest(mesh["fsdp"]) + gradients) * block * accumulate
     tokens = rows * stack.tokens / mesh["context"]
     sums = 12 * item * tokens * stack.width * rest(mesh["tensor"])
     exchanges = 12 * item * tokens * stack.width * rest(mesh["context"]) / 4
