@@ -1,6 +1,7 @@
-"""Progress bars on standard error: shown on a terminal, silent elsewhere."""
+"""Progress bars on standard error: shown on a terminal, silent elsewhere, also behind `!` in a notebook."""
 
 import contextlib
+import os
 from collections.abc import Iterable, Iterator, Sized
 from typing import TypeVar
 
@@ -14,6 +15,8 @@ T = TypeVar("T")
 def bar(description: str, total: float | None) -> Iterator["Bar"]:
   """A bar that the block advances itself: `with bar("train", steps) as b: b.advance(1, note="loss 0.5")`."""
   console = rich.console.Console(stderr=True)
+  # `!kling ...` in a notebook has a terminal, whose output then stands there line by line: one for each redrawing.
+  shown = console.is_terminal and "JPY_PARENT_PID" not in os.environ
   columns = (
     rich.progress.TextColumn("{task.description}"),
     rich.progress.BarColumn(),
@@ -22,7 +25,7 @@ def bar(description: str, total: float | None) -> Iterator["Bar"]:
     rich.progress.TimeRemainingColumn(),
     rich.progress.TextColumn("{task.fields[note]}"),
   )
-  with rich.progress.Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+  with rich.progress.Progress(*columns, console=console, disable=not shown) as progress:
     yield Bar(progress, progress.add_task(description, total=total, note=""))
 
 
