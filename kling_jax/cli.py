@@ -124,20 +124,25 @@ def _doctor(args: argparse.Namespace) -> int:
 
 
 def _add_data(parser: Parser) -> None:
-  parser.add_argument("action", choices=["verify", "export"],
-                      help="verify: read every record of a set; export: write it in another format")  # fmt: skip
+  parser.add_argument("action", choices=["verify", "export", "card"],
+                      help="verify: read every record of a set; export: write it in another format; card: write its "
+                      "card anew, with licences")  # fmt: skip
   parser.add_argument("--input", required=True, help="clip set")
   parser.add_argument("--output", help="what export writes: a folder, or FILE.csv")
   parser.add_argument("--format", default="webdataset", help="of export: webdataset, or koala: a CSV with Koala-36M's "
                       "columns (default: webdataset)")  # fmt: skip
   parser.add_argument("--shard_mb", type=int, default=1024, help="most MiB of a WebDataset tar (default: 1024)")
   parser.add_argument("--dropped", action="store_true", help="export clips that selection dropped, too")
+  parser.add_argument("--licence", metavar="NAME", help="of card: of all videos that have no other")
+  parser.add_argument("--licences", metavar="TABLE", help="of card: a table with the columns video_id and licence")
   answers.add_flag(parser)
 
 
 def _data(args: argparse.Namespace) -> int:
   if args.action == "export":
     return _export(args)
+  if args.action == "card":
+    return _card(args)
   from kling_jax.data import records
 
   report = records.verify(args.input)
@@ -159,6 +164,25 @@ def _export(args: argparse.Namespace) -> int:
     answers.show(done.to_json())
   else:
     print(done.text())
+  return 0
+
+
+def _card(args: argparse.Namespace) -> int:
+  from kling_jax.data import card, clip_table, columns
+
+  index = clip_table.Index.load(args.input)
+  if args.licence or args.licences:
+    rows = columns.read_table(args.licences, ("video_id", "licence")).to_pylist() if args.licences else []
+    if rows and not {"video_id", "licence"} <= rows[0].keys():
+      raise UsageError(f"--licences {args.licences}: wants the columns video_id and licence, has {', '.join(rows[0])}")
+    card.state_licences(index.folder, args.licence, {row["video_id"]: row["licence"] for row in rows})
+  shards = [(shard.records, shard.bytes) for shard in index.shards]
+  card.write(index.folder, index.table, index.recipe, shards)
+  if args.json:
+    answers.show(card.facts(index.table, index.recipe, len(shards), sum(size for _, size in shards),
+                            card.read_licences(index.folder)))  # fmt: skip
+  else:
+    print(index.folder / card.README)
   return 0
 
 

@@ -362,6 +362,19 @@ def read_header(path: pathlib.Path) -> dict[str, _Entry]:
   return entries
 
 
+def not_finite(folder: pathlib.Path, entries: Mapping[tuple[str, str], _Entry]) -> list[str]:
+  """ "variant/clip id" of the entries whose values are not all finite; reads every value."""
+  found = []
+  for (variant, clip_id), entry in entries.items():
+    kind = np.dtype(DTYPES[entry.dtype])
+    with (folder / entry.shard).open("rb") as file:
+      file.seek(entry.offset)
+      data = file.read(math.prod(entry.shape) * kind.itemsize)
+    if not np.isfinite(np.frombuffer(data, kind).astype(np.float32)).all():
+      found.append(f"{variant}/{clip_id}")
+  return found
+
+
 def pad_text(texts_BLD: Iterable[np.ndarray], length: int) -> tuple[np.ndarray, np.ndarray]:
   """Stacks trimmed embeddings into a batch.
 

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from array_record.python import array_record_module
 
 from kling_jax import errors, files
-from kling_jax.data import koala, record
+from kling_jax.data import card, koala, record
 from kling_jax.data.record import ClipRecord
 
 TABLE = "clips.parquet"
@@ -149,11 +149,12 @@ def set_folder(folder: str | os.PathLike[str]) -> pathlib.Path:
 
 
 def write_table(folder: pathlib.Path, table: pa.Table, recipe: str, shards: Sequence[Shard]) -> None:
-  """Commits a set: from here on it holds the clips of `table`, in `shards`."""
+  """Commits a set: from here on it holds the clips of `table`, in `shards`; writes its card."""
   values = {"recipe": recipe, "shards": [dataclasses.asdict(shard) for shard in shards]}
   table = table.cast(SCHEMA).replace_schema_metadata({_METADATA: json.dumps(values).encode()})
   with files.whole(folder / TABLE) as temporary:
     pq.write_table(table, temporary)
+  card.write(folder, table, recipe, [(shard.records, shard.bytes) for shard in shards])
 
 
 def shard_files(folder: pathlib.Path) -> list[pathlib.Path]:
