@@ -124,7 +124,8 @@ def cached(args: argparse.Namespace) -> dict[str, Any]:
   with tempfile.TemporaryDirectory(prefix="kling-bench-") as folder:
     path = pathlib.Path(folder) / "cache.json"
     model.calibrate(requests[:2], usual, path)
-    ratio_C = step_cache_file.read(path, step_cache_file.owner(model.params, recipe))
+    owner = step_cache_file.owner(model.params, recipe)
+    ratio_C = step_cache_file.read(path, owner, model.task.calls(recipe))
     requests, clips = requests[2:], clips[2:]
     dense = np.stack(model(requests, usual))
     runs: dict[str, sample.Settings] = {"dense": usual}

@@ -138,6 +138,9 @@ def test_a_step_cache_skips_what_its_calibration_allows(model: sample.Model, tmp
       model(requests, cached(0.1))
   finally:
     model.params = params
+  (tmp_path / "cache.json").write_text(json.dumps({**held, "ratio": [1.0]}))
+  with pytest.raises(WeightsError, match=r"is damaged \(ratios of shape \(1,\), not 2 finite ones\); calibrate again"):
+    model(requests, cached(0.1))
   (tmp_path / "cache.json").write_text("{}")
   with pytest.raises(WeightsError, match="is no step cache .*--calibrate_cache FILE"):
     model(requests, cached(0.1))

@@ -10,8 +10,9 @@ from kling_jax.train import loop
 from kling_jax.train.state import Update
 
 
+@pytest.mark.drill
 def test_the_host_never_waits_for_a_step(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-  """A step is one program; its numbers are fetched, in one go, when the next step is already under way."""
+  """A step is one call, of which JAX makes one program; numbers are fetched, in one go, under the next step."""
   order: list[str] = []
   step, get = Update.step, jax.device_get
   monkeypatch.setattr(jax, "devices", lambda *_: [jax.local_devices()[0]])
@@ -27,4 +28,4 @@ def test_the_host_never_waits_for_a_step(tmp_path: pathlib.Path, monkeypatch: py
   (trace,) = (tmp_path / "profile").rglob("*.xplane.pb")
   planes = jax.profiler.ProfileData.from_file(str(trace)).planes
   events = [event.name for plane in planes for line in plane.lines for event in line.events]
-  assert [name for name in events if name.startswith("PjitFunction(")] == ["PjitFunction(_step)"] * 3
+  assert {name for name in events if name.startswith("PjitFunction(")} == {"PjitFunction(_step)"}

@@ -143,7 +143,7 @@ class Model:
     """
     recipe, compute_C = self.recipe(settings), None
     if settings.cache is not None:
-      ratio_C = step_cache.read(settings.cache, step_cache.owner(self.params, recipe))
+      ratio_C = step_cache.read(settings.cache, step_cache.owner(self.params, recipe), self.task.calls(recipe))
       compute_C = schedule(ratio_C, settings.cache_error)
     return self._run(requests, settings, recipe, compute_C)[0]
 

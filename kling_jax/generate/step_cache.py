@@ -6,8 +6,6 @@ import json
 import pathlib
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from kling_jax import files
@@ -15,7 +13,7 @@ from kling_jax.errors import WeightsError
 from kling_jax.nn.params import Params
 
 KIND = "kling_jax step cache 1"
-SAMPLED = 64  # numbers of each parameter that tell checkpoints apart
+SPACED = 8  # numbers along each axis of a parameter that tell checkpoints apart
 
 Owner = dict[str, Any]
 
@@ -28,14 +26,10 @@ def owner(params: Params, recipe: Any) -> Owner:
 
 def _fingerprint(params: Params) -> str:
   """Hash of names, shapes and evenly spaced numbers of all parameters: adapters and another step change it."""
-
-  def some(params: Params) -> list[jax.Array]:
-    spaced = lambda x: jnp.ravel(x[tuple(slice(None, None, -(-n // 8)) for n in x.shape)])
-    return [spaced(value)[:: max(1, spaced(value).size // SAMPLED)] for _, value in sorted(params.items())]
-
   digest = hashlib.sha256()
-  for (name, value), numbers in zip(sorted(params.items()), jax.jit(some)(params), strict=True):
-    digest.update(f"{name} {value.shape} {value.dtype}".encode() + np.asarray(numbers).tobytes())
+  for name, value in sorted(params.items()):
+    some = value[tuple(slice(None, None, -(-size // SPACED)) for size in value.shape)]
+    digest.update(f"{name} {value.shape} {value.dtype}".encode() + np.asarray(some).tobytes())
   return digest.hexdigest()[:16]
 
 
@@ -52,7 +46,7 @@ def write(path: str | pathlib.Path, whose: Owner, ratio_CB: np.ndarray) -> None:
   files.write_json(path, answer)
 
 
-def read(path: str | pathlib.Path, whose: Owner) -> np.ndarray:
+def read(path: str | pathlib.Path, whose: Owner, calls: int) -> np.ndarray:
   """The ratios (calls,) of the file `path`.
 
   Raises:
@@ -64,7 +58,6 @@ def read(path: str | pathlib.Path, whose: Owner) -> np.ndarray:
     if held["kind"] != KIND:
       raise ValueError(f"kind {held['kind']!r}")
     theirs = {"weights": str(held["weights"]), "sampler": dict(held["sampler"])}
-    ratio_C = np.asarray(held["ratio"], np.float64)
   except (OSError, ValueError, KeyError, TypeError) as error:
     raise WeightsError(f"{path} is no step cache ({error}); {mend}") from error
   if theirs["weights"] != whose["weights"]:
@@ -74,6 +67,12 @@ def read(path: str | pathlib.Path, whose: Owner) -> np.ndarray:
     for name, value in whose["sampler"].items()
     if theirs["sampler"].get(name) != value
   ]
-  if differing or ratio_C.ndim != 1:
+  if differing:
     raise WeightsError(f"{path} belongs to another sampler: {', '.join(differing)}; {mend}")
+  try:
+    ratio_C = np.asarray(held["ratio"], np.float64)
+    if ratio_C.shape != (calls,) or not np.isfinite(ratio_C).all():
+      raise ValueError(f"ratios of shape {ratio_C.shape}, not {calls} finite ones")
+  except (ValueError, KeyError, TypeError) as error:
+    raise WeightsError(f"{path} is damaged ({error}); {mend}") from error
   return ratio_C
