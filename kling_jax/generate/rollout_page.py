@@ -33,8 +33,8 @@ _MARKUP = """
 
 _STYLE = """
 .stage { display: grid; grid-template-columns: minmax(0, 1fr) minmax(260px, 380px); gap: 24px; align-items: start; }
-.screen { position: relative; background: #000; border-radius: 12px; overflow: hidden; aspect-ratio: 1;
-  max-height: 62vh; margin: 0 auto; width: min(100%, 62vh); }
+.screen { position: relative; background: #000; border-radius: 12px; overflow: hidden; margin: 0 auto;
+  aspect-ratio: var(--aspect, 1); width: min(100%, calc(52vh * (var(--aspect, 1)))); }
 .screen img, .screen video { position: absolute; inset: 0; width: 100%; height: 100%; object-fit: contain;
   image-rendering: pixelated; border-radius: 0; max-width: none; }
 .screen video { visibility: hidden; } .screen video.front { visibility: visible; }
@@ -55,7 +55,8 @@ _STYLE = """
 .clips { list-style: none; display: flex; gap: 12px; overflow-x: auto; padding: 4px 2px 12px; margin: 20px 0 0; }
 .clips li { flex: 0 0 168px; border: 1px solid var(--line); border-radius: 10px; padding: 8px; cursor: pointer; }
 .clips li.on { outline: 2px solid var(--mark); } .clips li.cut { border-left: 5px solid var(--bad); }
-.clips video, .clips img { width: 100%; aspect-ratio: 1; object-fit: contain; background: #000; border-radius: 6px;
+.clips video, .clips img { width: 100%; aspect-ratio: var(--aspect, 1); object-fit: contain; background: #000;
+  border-radius: 6px;
   image-rendering: pixelated; display: block; }
 .clips p { font-size: .84rem; line-height: 1.35; margin: 6px 0; min-height: 2.7em; overflow-wrap: anywhere; }
 .clips small { color: var(--soft); } .clips div { display: flex; gap: 6px; }
@@ -77,7 +78,9 @@ const players = [...screen.querySelectorAll('video')], auto = find('.auto'), cut
 let state = null, take = 0, playing = -1, loading = -1, front = 0, turn = 0, played = [];
 window.world = () => ({take, playing, played, filming: state && state.filming, takes: state ? state.takes : [],
   time: players[front].currentTime, size: players[front].videoWidth});
-screen.querySelector('img').src = path('image');
+const picture = screen.querySelector('img');
+picture.onload = () => root.style.setProperty('--aspect', picture.naturalWidth + ' / ' + picture.naturalHeight);
+picture.src = path('image');
 find('.limit').textContent = 'At most ' + DATA.most + ' ' + DATA.unit + '. Empty: the model writes it.';
 
 function complain(text) { trouble.textContent = text; trouble.hidden = !text; }
@@ -135,9 +138,9 @@ function load(player, number) {
 
 // Two players take turns, so that the next clip is there when the last one ends.
 async function play(number) {
-  if (loading >= 0 || !clips()[number]) return;
+  if (!clips()[number]) return;
   loading = number;
-  const mine = turn, next = players[1 - front];
+  const mine = ++turn, next = players[1 - front];
   load(next, number);
   next.currentTime = 0;
   try { await next.play(); } catch (error) {
@@ -182,7 +185,7 @@ function show(next, anew) {
   if (playing >= clips().length) { stop(); if (clips().length) play(clips().length - 1); }
   const now = JSON.stringify([take, state.takes]);
   if (now !== drawn || anew) { drawn = now; draw(); }
-  if (ended && clips().length > before && !anew) play(clips().length - 1);
+  if (ended && loading < 0 && clips().length > before && !anew) play(clips().length - 1);
   else if (clips()[playing + 1] && playing >= 0) load(players[1 - front], playing + 1);
   tell(); ahead();
 }
