@@ -40,6 +40,30 @@ def read_table(path: str | os.PathLike[str], strings: Iterable[str] = ("file", "
     raise _no_table(path, error) from error
 
 
+def row_batches(
+  path: str | os.PathLike[str], strings: Iterable[str] = ("file", "caption"), most: int = 8192
+) -> Iterator[list[dict[str, Any]]]:
+  """Yields a table's rows, at most `most` at a time, with the types that `read_table` gives them.
+
+  Parquet is read a part at a time; of the others, whose types show at their end, Arrow holds the whole, which is a
+  small part of what rows of Python need.
+
+  Raises:
+    DataError: the file is no such table.
+  """
+  path = pathlib.Path(path)
+  if path.suffix.lower() != ".parquet":
+    for batch in read_table(path, strings).to_batches(max_chunksize=most):
+      yield batch.to_pylist()
+    return
+  try:
+    with pa.parquet.ParquetFile(path) as file:
+      for batch in file.iter_batches(batch_size=most):
+        yield batch.to_pylist()
+  except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+    raise _no_table(path, error) from error
+
+
 def column_names(path: str | os.PathLike[str]) -> list[str]:
   """The names of a table's columns, from its head alone where the format allows.
 

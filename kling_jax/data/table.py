@@ -5,12 +5,12 @@ import math
 import os
 import pathlib
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from kling_jax import errors
 from kling_jax.data import clip_table, decode, folder, koala, record
 from kling_jax.data import quarantine as quarantine_lib
-from kling_jax.data.columns import read_table
+from kling_jax.data.columns import column_names, row_batches
 from kling_jax.data.source import ClipInfo, Score
 
 # A column of ours that means the same as the released one.
@@ -71,40 +71,48 @@ class TableSource(folder.FileClips):
     self._path = pathlib.Path(path)
     self._root = pathlib.Path(root) if root is not None else self._path.parent
     self._scorer, self._min_frames = scorer, min_frames
-    rows = self._rows(ignore)
+    self._check_columns(ignore)
+    # The table is gone through twice, so that its rows are never held together.
     verdicts: list[quarantine_lib.Verdict] = []
-    paths: dict[int, str] = {}
-    for number, row in enumerate(rows):
+    named: dict[str, None] = {}
+    for number, row in self._rows():
       try:
-        paths[number] = self._file(row)
+        named[self._file(row)] = None
       except _BadRow as bad:
         verdicts.append(_refusal(self._name(number, row), bad))
     # One look at each file, however many clips it gives.
-    files = folder.admit(dict.fromkeys(paths.values()), None, min_side=min_side, limits=limits)
+    files = folder.admit(named, None, min_side=min_side, limits=limits)
+    refused = {verdict.source for verdict in verdicts}
     clips = []
     whole: dict[str, ClipInfo] = {}
-    for number, name in paths.items():
+    for number, row in self._rows():
+      if self._name(number, row) in refused:
+        continue
+      name = self._file(row)
       try:
-        clips.append(self._clip(rows[number], files[name], name, whole))
+        clips.append(self._clip(row, files[name], name, whole))
       except _BadRow as bad:
-        verdicts.append(_refusal(self._name(number, rows[number]), bad))
+        verdicts.append(_refusal(self._name(number, row), bad))
     if quarantine is not None:
       book = quarantine_lib.Log(quarantine)
       for verdict in verdicts:
         book.add(verdict.source, typing.cast(quarantine_lib.Reason, verdict.reason), verdict.detail)
     super().__init__(clips, f"table {str(self._path)!r}", verdicts)
 
-  def _rows(self, ignore: Sequence[str]) -> list[dict[str, typing.Any]]:
-    table = read_table(self._path, _TEXT)
+  def _check_columns(self, ignore: Sequence[str]) -> None:
+    names = column_names(self._path)
     known = {*koala.COLUMNS, *_OURS, *ignore}
-    unknown = [name for name in table.column_names if name not in known]
+    unknown = [name for name in names if name not in known]
     if unknown:
       listed = ", ".join(f"{name!r}{errors.nearest(name, koala.COLUMNS)}" for name in unknown)
       raise errors.DataError(f"{self._path}: unknown columns: {listed}; rename them, or name them in `ignore`")
-    if "url" not in table.column_names:
-      raise errors.DataError(f"{self._path}: no column 'url' with the videos' paths; it has {table.column_names}")
-    rows = table.to_pylist()
-    return [row for row in rows if row.get("status") != "dropped"]
+    if "url" not in names:
+      raise errors.DataError(f"{self._path}: no column 'url' with the videos' paths; it has {names}")
+
+  def _rows(self) -> Iterator[tuple[int, dict[str, typing.Any]]]:
+    """(number, row) of the rows that are not dropped, a part of the table at a time."""
+    rows = (row for batch in row_batches(self._path, _TEXT) for row in batch)
+    return enumerate(row for row in rows if row.get("status") != "dropped")
 
   def _name(self, number: int, row: dict[str, typing.Any]) -> str:
     return f"{self._path.name}, row {number + 1}: {row['url']}"
