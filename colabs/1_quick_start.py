@@ -19,6 +19,7 @@
 
 # %%
 import importlib.util
+import logging
 import os
 import subprocess
 import sys
@@ -28,6 +29,7 @@ SMALL = os.environ.get("KLING_SMALL") == "1"  # a smoke test in seconds; nothing
 if importlib.util.find_spec("kling_jax") is None:
   wanted = f"kling_jax[demo,sweep,caption] @ {SOURCE}" if "://" in SOURCE else f"{SOURCE}[demo,sweep,caption]"
   subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", wanted], check=True)
+logging.getLogger("absl").setLevel(logging.ERROR)
 
 # %% [markdown]
 # ## A config is a Python function
@@ -47,7 +49,10 @@ c.ema.decay = 0.98 if SMALL else 0.995
 c.drop.text = 0.2
 c.validation.every = c.checkpoint.every = 6 if SMALL else 200
 c.log.every = 2 if SMALL else 10
-print(c.model, c.data, sep="\n")
+if SMALL:
+  c.model.size, c.codec.channels, c.optimizer.warmup = "d32x2", 4, 2
+for group in ("model", "data", "optimizer"):
+  print(group, config.plain(c)[group])
 
 # %% [markdown]
 # ## What it learns from
@@ -74,7 +79,7 @@ show.videos({world.info(k).caption: world.frames(k, times_s, 64, 64) for k in ra
 from kling_jax.train import loop, metrics
 
 summary = loop.run(c, "quick_start")
-print(summary)
+print(f"step {summary.step}, loss {summary.metrics['loss']:.3f}, {summary.metrics['tokens_per_s']:.0f} tokens a second")
 
 # %%
 import matplotlib.pyplot as plt
@@ -104,7 +109,7 @@ assert checked and np.isfinite(checked[-1]["val_loss"])
 from kling_jax.generate import sample
 
 model = sample.Model("quick_start")
-settings = sample.Settings(steps=4 if SMALL else 24, text=1.5, scores_scale=2.0)
+settings = sample.Settings(steps=4 if SMALL else 24, text=1.5, scores_scale=2.0, batch=2)  # two at a time
 prompts = ["a red circle moves right", "a blue square moves up"]
 made = model([sample.Request(prompt, seed=1) for prompt in prompts], settings)
 show.videos(dict(zip(prompts, made, strict=True)), fps=4)

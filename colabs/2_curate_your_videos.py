@@ -18,6 +18,7 @@
 
 # %%
 import importlib.util
+import logging
 import os
 import subprocess
 import sys
@@ -27,6 +28,7 @@ SMALL = os.environ.get("KLING_SMALL") == "1"  # a smoke test in seconds; nothing
 if importlib.util.find_spec("kling_jax") is None:
   wanted = f"kling_jax[demo,sweep,caption] @ {SOURCE}" if "://" in SOURCE else f"{SOURCE}[demo,sweep,caption]"
   subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", wanted], check=True)
+logging.getLogger("absl").setLevel(logging.ERROR)
 
 # %% [markdown]
 # ## Footage

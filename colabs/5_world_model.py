@@ -18,6 +18,7 @@
 
 # %%
 import importlib.util
+import logging
 import os
 import subprocess
 import sys
@@ -27,6 +28,7 @@ SMALL = os.environ.get("KLING_SMALL") == "1"  # a smoke test in seconds; nothing
 if importlib.util.find_spec("kling_jax") is None:
   wanted = f"kling_jax[demo,sweep,caption] @ {SOURCE}" if "://" in SOURCE else f"{SOURCE}[demo,sweep,caption]"
   subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", wanted], check=True)
+logging.getLogger("absl").setLevel(logging.ERROR)
 
 # %% [markdown]
 # ## The world
@@ -70,6 +72,8 @@ c.checkpoint.every = 6 if SMALL else 250
 c.validation.every = 0 if SMALL else 250
 c.ema.decay = 0.9 if SMALL else 0.995
 c.log.every = 1 if SMALL else 10
+if SMALL:
+  c.video.size, c.codec.channels = "d32x2", 4
 summary = loop.run(c, "world")
 rows = metrics.read("world/metrics.jsonl")
 print(rows[0]["loss"], "->", rows[-1]["loss"])

@@ -18,6 +18,7 @@
 
 # %%
 import importlib.util
+import logging
 import os
 import subprocess
 import sys
@@ -27,6 +28,7 @@ SMALL = os.environ.get("KLING_SMALL") == "1"  # a smoke test in seconds; nothing
 if importlib.util.find_spec("kling_jax") is None:
   wanted = f"kling_jax[demo,sweep,tpu] @ {SOURCE}" if "://" in SOURCE else f"{SOURCE}[demo,sweep,tpu]"
   subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", wanted], check=True)
+logging.getLogger("absl").setLevel(logging.ERROR)
 
 # %% [markdown]
 # ## Does it fit?
@@ -97,7 +99,8 @@ assert all(sum(one.predicted.by_kind.values()) == one.predicted.total for one in
 # ## Which mesh?
 #
 # Long videos have many tokens: cutting them over `context` leaves less on each device. `search` tries every mesh that
-# divides the model and orders them by an estimate of the step.
+# divides the model and orders them by an estimate of the step; of those that are alike, the one that needs least
+# memory is first.
 
 # %%
 best = plan.search(
@@ -109,7 +112,7 @@ for one in best[:5]:
   print(f"{mesh:32} {one.predicted.total / GIB:6.1f} GiB   about {one.estimate_s:6.2f} s a step")
 
 # %% tags=["check"]
-assert [one.estimate_s for one in best] == sorted(one.estimate_s for one in best)
+assert best[0].estimate_s <= 1.03 * min(one.estimate_s for one in best), "what differs by less counts as equal"
 
 # %% [markdown]
 # ## Ask the compiler
