@@ -1,19 +1,29 @@
 """`kling rollout`: clips as they finish, going back, forks, saved moments, and refusals before anything is compiled."""
 
+import contextlib
 import json
 import pathlib
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
 
 import jax
 import numpy as np
 import pytest
 import test_train_tasks_owl
+from browser import Browser, launch
 
 from kling_jax import cli
 from kling_jax import config as config_lib
-from kling_jax.data import decode, grid
+from kling_jax.data import decode, encode, grid
 from kling_jax.errors import ConfigError, DataError, KlingError, UsageError, WeightsError
 from kling_jax.generate import rollout
 from kling_jax.generate.rollout import Model, Rollout, Settings, scenes
+from kling_jax.generate.rollout_server import Server, Session
 from kling_jax.train import loop, metrics, task, workdir
 from kling_jax.train.checkpoint import Checkpoints
 
@@ -174,6 +184,27 @@ def test_what_the_model_cannot_do_is_refused_with_the_largest_legal_value(model,
       Model(folder, settings=settings)
 
 
+@pytest.mark.parametrize(
+  ("words", "code", "said"),
+  [
+    (["--clips", "1", "--image", "PICTURE"], 1, "picture.png"),
+    (["--clips", "99999"], 2, "legal: 1 to 1488"),
+    (["--clips", "1", "--dynamics", "x" * 31], 2, "31 bytes; this model takes at most 30"),
+    (["--serve", "--clips", "2"], 2, "--clips and --serve do not go together"),
+    (["--serve", "--image", "nowhere.png"], 2, "there is no file nowhere.png"),
+    (["--serve", "--prompt", " "], 2, "--prompt is empty; give a text of 1 to 38 bytes"),
+  ],
+)
+def test_bad_input_is_one_line_and_the_right_exit_code(folder, tmp_path, capsys, words, code, said) -> None:
+  (tmp_path / "picture.png").write_bytes(b"\x89PNG\r\n\x1a\nno more")
+  words = [str(tmp_path / "picture.png") if word == "PICTURE" else word for word in words]
+  given = ["rollout", "--workdir", str(folder), "--prompt", PROMPT, "--out", str(tmp_path / "out"), *words]
+  assert cli.main(given) == code
+  lines = capsys.readouterr().err.strip().splitlines()
+  assert said in lines[-1] and "Traceback" not in "".join(lines)
+  assert not (tmp_path / "out").exists()
+
+
 def test_checkpoints_of_other_stages_and_presets_are_refused(folder, tmp_path) -> None:
   values = json.loads((folder / "config.json").read_text())
 
@@ -194,6 +225,133 @@ def test_checkpoints_of_other_stages_and_presets_are_refused(folder, tmp_path) -
   generate.check(2, ["up", "down"], None)
 
 
+# ---- the page ------------------------------------------------------------------------------------------------------
+
+PATIENCE_S = 240
+
+
+def until(page: Browser, script: str) -> None:
+  deadline = time.monotonic() + PATIENCE_S
+  while not page.run(script):
+    assert time.monotonic() < deadline, (script, page.run("JSON.stringify(world())"), page.problems)
+    time.sleep(0.02)
+
+
+def click(page: Browser, selector: str, number: int = 0) -> None:
+  page.run(f"document.querySelectorAll({json.dumps(selector)})[{number}].click()")
+
+
+def say(page: Browser, text: str, cut: bool = False) -> None:
+  page.run(f"document.querySelector('#text').value = {json.dumps(text)}")
+  if cut:
+    click(page, ".cut")
+  click(page, ".film")
+
+
+@contextlib.contextmanager
+def serving(session: Session) -> Iterator[Server]:
+  with Server(session) as server:
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    yield server
+    server.shutdown()
+
+
+def test_the_page_plays_clips_as_they_come_takes_texts_goes_back_and_forks(lived, tmp_path) -> None:
+  start = lived.fork()
+  start.rewind(0)
+  session = Session(start, tmp_path / "films")
+  with serving(session) as server, launch(tmp_path / "profile") as page:
+    page.open(server.address)
+    until(page, "world().takes.length === 1 && document.querySelector('.screen img').naturalWidth === 16")
+    say(page, "the red circle moves up")
+    until(page, "world().playing === 0 && world().size === 16 && world().time > 0")
+    assert page.run("document.querySelector('.now').textContent").startswith("the red circle moves upyou said so")
+    say(page, "")
+    until(page, "world().playing === 1")  # it comes up by itself once it is filmed
+    say(page, "<b>x</b>", cut=True)
+    until(page, "world().playing === 2 && document.querySelectorAll('.clips li.cut').length === 1")
+    for mine, theirs in zip(start.clips[:2], lived.clips[:2], strict=True):
+      same(mine, theirs)  # the page films what Rollout films
+    assert page.run("document.querySelectorAll('.clips b').length") == 0
+    assert page.run("world().played.join()") == "0,1,2"
+    click(page, ".clips li:nth-child(2) button")  # back to after the first clip
+    until(page, "world().takes[0].clips.length === 1")
+    say(page, "y" * 31)
+    until(page, "!document.querySelector('.trouble').hidden")
+    assert "31 bytes; this model takes at most 30" in page.run("document.querySelector('.trouble').textContent")
+    say(page, "the camera pans left")
+    until(page, "world().takes[0].clips.length === 2 && world().playing === 1")
+    click(page, ".clips li:nth-child(2) button", 1)  # fork after the first clip
+    until(page, "world().take === 1 && world().takes.length === 2")
+    say(page, "the camera pans left")
+    until(page, "world().takes[1].clips.length === 2 && world().playing === 1")
+    click(page, ".auto")
+    until(page, "world().takes[1].clips.length >= 4 && world().playing >= 2")
+    click(page, ".auto")
+    until(page, "!world().filming")
+    click(page, ".takes button", 0)
+    until(page, "world().take === 0 && world().playing === 1")
+    assert not page.problems, page.problems
+    assert all(address.startswith(("http://127.0.0.1:", "data:", "about:")) for address in page.requests)
+    takes = page.run("world().takes")
+  assert [clip["text"] for clip in takes[0]["clips"]] == [clip.dynamics for clip in start.clips]
+  assert takes[1]["parent"] == 0 and takes[1]["at"] == 1
+  assert takes[0]["clips"][0]["media"] == takes[1]["clips"][0]["media"]
+  first, second = (session.media(take["clips"][1]["media"]) for take in takes)
+  assert first != second, "the same words under other dice"
+  folders = session.finish()
+  assert folders == [tmp_path / "films", tmp_path / "films" / "take-1"]
+  for folder, take in zip(folders, takes, strict=True):
+    assert decode.probe(folder / "film.mp4").num_frames == 5 * len(take["clips"])
+    for number, clip in enumerate(take["clips"]):
+      assert (folder / rollout.name(number)).read_bytes() == session.media(clip["media"])
+
+
+def test_what_the_page_may_not_ask_is_refused_and_asking_twice_is_once(lived, tmp_path) -> None:
+  start = lived.fork()
+  start.rewind(1)
+  session = Session(start, tmp_path)
+  with session._changed:
+    session._takes[0].media.append(0)
+    session._media.append(b"film")
+  for act, asked, message in (
+    (session.film, {"take": 1, "number": 1}, "there is no take 1"),
+    (session.film, {"take": 0, "number": 3}, "clip 3 cannot be filmed: the take has 1 clips"),
+    (session.film, {"take": 0, "number": True}, "a whole number 'number'"),
+    (session.film, {"take": 0, "number": 1, "text": 7}, "a text has at most"),
+    (session.film, {"take": 0, "number": 1, "cut": 1}, "a cut is true or false"),
+    (session.rewind, {"take": 0, "clips": 2}, "cannot go back to clip 2: this rollout holds 0 to 1"),
+    (session.fork, {"take": 0, "clips": -1}, "a whole number 'clips'"),
+    (session.fork, {"clips": 0}, "a whole number 'take'"),
+  ):
+    with pytest.raises(UsageError, match=message):
+      act(asked)
+  assert session.state()["version"] == 0
+  begun = session.film({"take": 0, "number": 1, "text": "up"})
+  assert begun["filming"] == {"take": 0, "number": 1}
+  if session.film({"take": 0, "number": 1, "text": "up"})["filming"]:  # unless the clip is there already
+    assert session.state(begun["version"])["filming"] is None, "the question waits for the clip"
+  session.finish()
+  again = session.film({"take": 0, "number": 1, "text": "up"})
+  assert len(again["takes"][0]["clips"]) == 2 and again["filming"] is None
+  assert session.media(2) is None
+
+
+def test_a_clip_that_fails_leaves_the_take_as_it_was(lived, tmp_path, monkeypatch) -> None:
+  start = lived.fork()
+  start.rewind(0)
+  session = Session(start, tmp_path)
+  monkeypatch.setattr(encode, "encode", lambda *_, **__: (_ for _ in ()).throw(DataError("no encoder")))
+  version = session.film({"take": 0, "number": 0, "text": "up"})["version"]
+  found = session.state(version)
+  assert found["trouble"] == "DataError: no encoder" and found["filming"] is None
+  assert found["takes"][0]["clips"] == [] and start.clips == [] and start.earliest == 0
+  monkeypatch.undo()
+  session.film({"take": 0, "number": 0, "text": "up"})
+  session.finish()
+  assert len(start.clips) == 1
+
+
 # ---- the whole road ------------------------------------------------------------------------------------------------
 
 
@@ -209,6 +367,27 @@ def weights_of(folder: pathlib.Path) -> dict[str, np.ndarray]:
   """The weights of a work directory's newest checkpoint."""
   job, checkpoints = task.make(workdir.read_config(folder)), Checkpoints(folder)
   return jax.tree.map(np.asarray, checkpoints.restore_params(checkpoints.latest(), job.shapes))
+
+
+@pytest.mark.drill
+def test_the_verb_serves_until_it_is_asked_to_end_and_leaves_films(folder, tmp_path) -> None:
+  words = [sys.executable, "-m", "kling_jax", "rollout", "--workdir", str(folder), "--prompt", PROMPT, "--serve",
+           "--out", str(tmp_path / "films")]  # fmt: skip
+  process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+  try:
+    address = process.stdout.readline().strip()
+    assert address.startswith("http://127.0.0.1:"), address
+    root, token = address.split("/?")
+    asked = json.dumps({"take": 0, "number": 0, "text": "the fog"}).encode()
+    with urllib.request.urlopen(f"{root}/film?{token}", asked, timeout=PATIENCE_S) as answer:
+      assert json.load(answer)["filming"] == {"take": 0, "number": 0}
+  finally:
+    process.send_signal(signal.SIGTERM)
+    process.wait(PATIENCE_S)
+    process.stdout.close()
+  assert process.returncode == 0
+  assert decode.probe(tmp_path / "films" / "film.mp4").num_frames == 5
+  assert json.loads((tmp_path / "films" / "rollout.json").read_text())["clips"][0]["dynamics"] == "the fog"
 
 
 @pytest.mark.drill
