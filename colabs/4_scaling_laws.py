@@ -136,7 +136,7 @@ plt.show()
 # %%
 import pathlib
 
-pathlib.Path("my_sweep.py").write_text(f"""
+_ = pathlib.Path("my_sweep.py").write_text(f"""
 from kling_jax import config
 from kling_jax.scaling import design
 

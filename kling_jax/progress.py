@@ -15,8 +15,6 @@ T = TypeVar("T")
 def bar(description: str, total: float | None) -> Iterator["Bar"]:
   """A bar that the block advances itself: `with bar("train", steps) as b: b.advance(1, note="loss 0.5")`."""
   console = rich.console.Console(stderr=True)
-  # `!kling ...` in a notebook has a terminal, whose output then stands there line by line: one for each redrawing.
-  shown = console.is_terminal and "JPY_PARENT_PID" not in os.environ
   columns = (
     rich.progress.TextColumn("{task.description}"),
     rich.progress.BarColumn(),
@@ -25,8 +23,13 @@ def bar(description: str, total: float | None) -> Iterator["Bar"]:
     rich.progress.TimeRemainingColumn(),
     rich.progress.TextColumn("{task.fields[note]}"),
   )
-  with rich.progress.Progress(*columns, console=console, disable=not shown) as progress:
+  with rich.progress.Progress(*columns, console=console, disable=not redraws(console)) as progress:
     yield Bar(progress, progress.add_task(description, total=total, note=""))
+
+
+def redraws(console: rich.console.Console) -> bool:
+  """Whether what was drawn can be drawn over. `!kling ...` in a notebook has a terminal of which every line stays."""
+  return console.is_terminal and "JPY_PARENT_PID" not in os.environ
 
 
 class Bar:

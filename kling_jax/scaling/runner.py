@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 import rich.console
 import rich.live
 
+from kling_jax import progress
 from kling_jax.scaling import points, status, sweep
 from kling_jax.scaling.executor import Executor
 from kling_jax.scaling.ledger import Ledger
@@ -54,7 +55,7 @@ def run(
 def view() -> Iterator[Callable[[Status], None]]:
   """Yields what `run` shows its status with: a live table on a terminal, a line a change elsewhere."""
   console = rich.console.Console(stderr=True)
-  if console.is_terminal:
+  if progress.redraws(console):
     with rich.live.Live(console=console, refresh_per_second=2) as live:
       yield lambda found: live.update(status.table(found, most=max(8, console.height - 6)))
     return
