@@ -68,8 +68,8 @@ def test_loops_are_counted_and_transfers_that_overlap_are_told_apart() -> None:
 
 
 def test_what_a_loop_leaves_is_found_in_the_text() -> None:
-  assert compiled._saved(TEXT) == 30 * 8 * 128 * 2
-  assert compiled._saved(TEXT.replace("AllocateBuffer", "Sharding")) == 0
+  assert compiled.stacked(TEXT) == 30 * 8 * 128 * 2
+  assert compiled.stacked(TEXT.replace("AllocateBuffer", "Sharding")) == 0
 
 
 def test_transfers_take_the_links_that_their_group_spans() -> None:

@@ -12,9 +12,7 @@ import jax
 from kling_jax.errors import MeshError
 from kling_jax.plan import collectives, roofline
 from kling_jax.plan.programs import Traced
-from kling_jax.plan.topology import GIB, Topology
-
-SPARE = 0.05  # of the memory stays free in a program that is said to fit
+from kling_jax.plan.topology import SPARE, Topology
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +49,7 @@ class Report:
 
   @property
   def fits(self) -> bool:
-    """Whether it fits with `SPARE` to spare."""
+    """Whether it leaves `SPARE` of the memory free."""
     return self.hbm_bytes <= (1 - SPARE) * self.hbm_available
 
   def to_json(self) -> dict[str, Any]:
@@ -96,7 +94,7 @@ def compile_(
   seconds = time.perf_counter() - began
   text, memory = program.as_text(), program.memory_analysis()
   moved = roofline.transfers(collectives.read(text, mesh.shape), topology, mesh)
-  saved = _saved(text)
+  saved = stacked(text)
   arguments = dict(traced.arguments)
   arguments["other arguments"] = memory.argument_size_in_bytes - sum(arguments.values())
   by_kind = arguments | {
@@ -122,7 +120,7 @@ def compile_(
   )
 
 
-def _saved(text: str) -> int:
+def stacked(text: str) -> int:
   """Bytes of the stacks that forward loops fill: buffers made before a loop, written a slice at a time inside it.
 
   Their tiles' padding is not counted.
@@ -139,7 +137,3 @@ def _saved(text: str) -> int:
       names = re.findall(r"%([\w.\-]+)", given.rest) if given else []
       total += sum(collectives.size(made[name].result) for name in names if name in made)
   return total
-
-
-def gib(count: float) -> str:
-  return f"{count / GIB:.2f}"

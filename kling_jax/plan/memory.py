@@ -7,22 +7,22 @@
   workspace   what the fullest block holds at once while it is computed backward
 
 The first four follow from the config. The last is a fit to programs that the compiler made (`WORKSPACE`; the programs
-and how far off it is stand in docs/results.md).
+and how far off it is stand in docs/results.md). What is given and the gradients are all that is predicted of networks
+that are no stacks of transformer blocks (TSA, VAE); a VAE that encodes inside the step is left out.
 """
 
 import dataclasses
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
 
 from kling_jax.errors import MeshError
 from kling_jax.plan import work
 from kling_jax.plan.programs import largest_bucket
-from kling_jax.plan.topology import GIB, Topology
+from kling_jax.plan.topology import GIB, SPARE, Topology
 from kling_jax.train import sharding
 from kling_jax.train.task import PRECISIONS, Task
 
-SPARE = 0.05  # of the memory is to stay free
+Remake = Callable[[str], Task | None]
 REMAT = ("names:attention", "full", "offload:block")  # policies to propose, from the fastest to the smallest
 
 
@@ -144,11 +144,11 @@ def _workspace(
 # ---- what would fit --------------------------------------------------------------------------------------------------
 
 
-def refuse(job: Task, mesh: Mapping[str, int], topology: Topology, remake: Any) -> None:
+def refuse(job: Task, mesh: Mapping[str, int], topology: Topology, remake: Remake) -> None:
   """Refuses a config that cannot fit, and says what would.
 
   Args:
-    remake: remat policy -> the task under it.
+    remake: remat policy -> the task under it, None where it has no such policy.
 
   Raises:
     MeshError: names the prediction by kind, and the first of: a remat policy on this mesh, the smallest slice of this
@@ -165,7 +165,7 @@ def refuse(job: Task, mesh: Mapping[str, int], topology: Topology, remake: Any) 
   )
 
 
-def _mend(job: Task, mesh: Mapping[str, int], topology: Topology, remake: Any) -> str:
+def _mend(job: Task, mesh: Mapping[str, int], topology: Topology, remake: Remake) -> str:
   for remat in REMAT:
     other = remake(remat)
     if other is not None and predict(other, mesh).fits(topology):

@@ -14,8 +14,8 @@ from kling_jax.config import plain
 from kling_jax.errors import MeshError
 from kling_jax.plan import compiled, memory, programs, work
 from kling_jax.plan import search as search_lib
-from kling_jax.plan.compiled import Report, gib
-from kling_jax.plan.topology import Topology
+from kling_jax.plan.compiled import Report
+from kling_jax.plan.topology import GIB, Topology
 from kling_jax.train import sharding, task
 from kling_jax.train.task import Task
 
@@ -60,10 +60,10 @@ class Plan:
     """For a terminal."""
     lines = [f"{self.config.task} on {self.topology} ({self.topology.size} devices), mesh "
              + " x ".join(f"{name} {size}" for name, size in self.mesh.items())]  # fmt: skip
-    kinds = ", ".join(f"{kind} {gib(size)}" for kind, size in self.predicted.by_kind.items() if size >= 2**23)
-    lines.append(f"  predicted: {gib(self.predicted.total)} GiB a device of {gib(self.topology.chip.hbm)} ({kinds})")
+    kinds = ", ".join(f"{kind} {_gib(size)}" for kind, size in self.predicted.by_kind.items() if size >= 2**23)
+    lines.append(f"  predicted: {_gib(self.predicted.total)} GiB a device of {_gib(self.topology.chip.hbm)} ({kinds})")
     if self.predicted.host:
-      lines.append(f"             {gib(self.predicted.host)} GiB a device in the hosts' memory")
+      lines.append(f"             {_gib(self.predicted.host)} GiB a device in the hosts' memory")
     for report in self.reports:
       lines += ["", *_lines(report)]
     return "\n".join(lines)
@@ -184,23 +184,27 @@ def _under(config: ml_collections.ConfigDict, remat: str) -> Task | None:
   return task.make(other)
 
 
+def _gib(size: float) -> str:
+  return f"{size / GIB:.2f}"
+
+
 def _lines(report: Report) -> list[str]:
   bound = report.bound
-  kinds = ", ".join(f"{kind} {gib(size)}" for kind, size in report.by_kind.items() if size >= 2**23)
+  kinds = ", ".join(f"{kind} {_gib(size)}" for kind, size in report.by_kind.items() if size >= 2**23)
   verdict = "fits" if report.fits else "DOES NOT FIT"
   lines = [
-    f"{report.name}: {verdict}, {gib(report.hbm_bytes)} GiB a device of {gib(report.hbm_available)} ({kinds})",
+    f"{report.name}: {verdict}, {_gib(report.hbm_bytes)} GiB a device of {_gib(report.hbm_available)} ({kinds})",
     f"  compiled in {report.compile_s:.0f} s",
     f"  at least {bound.seconds:.3f} s a call: "
     + ", ".join(f"{name} {seconds:.3f}" for name, seconds in bound.parts.items()),
   ]
   if report.host_bytes:
-    lines.insert(1, f"  in the hosts' memory {gib(report.host_bytes)} GiB a device")
+    lines.insert(1, f"  in the hosts' memory {_gib(report.host_bytes)} GiB a device")
   if report.flops is not None:
     lines.append(f"  {report.flops:.4g} FLOPs a step; MFU at most {bound.mfu:.1%}")
   for one in report.moved[:12]:
     place = "in blocks" if one.in_blocks else "outside"
     hidden = "hidden" if one.hidden else "exposed"
     lines.append(f"  {one.kind} over {' x '.join(one.axes) or 'nothing'}, {place}, {hidden}: {one.count} operations, "
-                 f"{gib(one.bytes)} GiB, {one.seconds * 1e3:.1f} ms")  # fmt: skip
+                 f"{_gib(one.bytes)} GiB, {one.seconds * 1e3:.1f} ms")  # fmt: skip
   return lines

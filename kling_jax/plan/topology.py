@@ -15,6 +15,7 @@ from typing import Any
 from kling_jax.errors import UsageError, nearest
 
 GIB = 2**30
+SPARE = 0.05  # of a device's memory stays free in what is said to fit
 
 
 @dataclasses.dataclass(frozen=True)

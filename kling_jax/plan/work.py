@@ -60,9 +60,10 @@ def stacks(job: Task) -> list[Stack]:
   lm, length = job.owl.lm, job.layout.length(c.data.clips)
   products = language_model.forward_flops(lm, length, predicted=0)
   attention = lm.depth * 2.0 * length**2 * lm.heads * lm.head_size
+  kept = attention if "attention" in lm.remat else 0.0
   found = [
     Stack("lm.layers.", length, lm.width, lm.mlp_width, lm.heads, lm.head_size, lm.depth, True, 0, lm.remat, products,
-          attention, 0.0)
+          attention, kept)
   ]  # fmt: skip
   if c.stage != "align":
     frames, height, width, _ = job.latent_shape
