@@ -28,6 +28,7 @@ SCHEMES = ("s3", "gs", "gcs", "az", "abfs", "memory")
 PUSH_S = 60.0  # between two pushes while a verb runs
 MANIFEST = ".mirror.json"  # {file: [bytes, the store's tag, local mtime in ns]} as of the last fetch or push
 COMMITS = ("_CHECKPOINT_METADATA", "clips.parquet")  # what says that the files beside it are complete
+LOCKED = (("sweep", "workdir"), ("annotate", "db"))  # verbs and flags
 _ADDRESS = re.compile(rf"({'|'.join(SCHEMES)})://([^/]+)/?(.*)", re.S)
 _UNDER_WAY = re.compile(r"(^|/)(\.|[^/]*orbax-checkpoint-tmp)")  # temporary files, hidden files, locks
 _CHECKPOINT = re.compile(r"(^|.*/)checkpoints/\d+/")
@@ -62,8 +63,15 @@ def here(place: str | os.PathLike[str]) -> str:
 
 
 def at_hand(args: argparse.Namespace) -> None:
-  """Puts local paths in place of the addresses among the arguments of a verb."""
+  """Puts local paths in place of the addresses among the arguments of a verb.
+
+  Raises:
+    UsageError: of a file that several processes lock.
+  """
   for name, value in vars(args).items():
+    if (vars(args).get("verb"), name) in LOCKED and is_remote(value):
+      raise UsageError(f"--{name} {value}: several processes lock what lies there, which an object store cannot do; "
+                       "name a place on a shared disk")  # fmt: skip
     if isinstance(value, str):
       setattr(args, name, _argument(value))
     elif isinstance(value, list):

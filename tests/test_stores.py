@@ -150,6 +150,12 @@ def test_stores_that_fail_and_odd_addresses_cost_one_line(store, monkeypatch):
     stores.here("memory://bucket/x")
 
 
+def test_what_processes_lock_is_refused(store, capsys):
+  for words in (["sweep", "run", "shapes_tiny", "--workdir"], ["annotate", "--db"]):
+    assert cli.main([*words, f"{ADDRESS}/x"]) == 2
+    assert "an object store cannot do" in capsys.readouterr().err
+
+
 def films(folder: pathlib.Path) -> None:
   for number in range(2):
     frames = np.random.default_rng(number).integers(0, 256, (2, 64, 64, 3), np.uint8).repeat(16, axis=0)

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import ml_collections
 from flax import nnx
 
+from kling_jax import stores
 from kling_jax.data import dense_captions, memory_world, mixture, tokens, walks
 from kling_jax.data.tokens import ByteTokenizer, TextTokenizer, WordTokenizer
 from kling_jax.diffusion import loss as loss_lib
@@ -134,7 +135,7 @@ class OwlTask(Task):
   def pretrained(self) -> dict[str, str | Pretrained]:
     c = self.config
     if c.init_from:
-      check_stage(pathlib.Path(c.init_from), c.stage)
+      check_stage(pathlib.Path(stores.here(c.init_from)), c.stage)
       return {}
     if c.video.weights and c.lm.tokens != "bytes":
       raise ConfigError(
