@@ -22,6 +22,7 @@ import logging
 import os
 import subprocess
 import sys
+import warnings
 
 SOURCE = os.environ.get("KLING_JAX_SOURCE", "..")  # the folder of a clone, or git+https://... of one
 SMALL = os.environ.get("KLING_SMALL") == "1"  # a smoke test in seconds; nothing to look at
@@ -29,6 +30,7 @@ if importlib.util.find_spec("kling_jax") is None:
   wanted = f"kling_jax[demo,sweep,caption] @ {SOURCE}" if "://" in SOURCE else f"{SOURCE}[demo,sweep,caption]"
   subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", wanted], check=True)
 logging.getLogger("absl").setLevel(logging.ERROR)
+warnings.filterwarnings("ignore", "os.fork")  # `!` starts programs beside JAX, which is harmless
 
 # %% [markdown]
 # ## Clips worth arguing about
@@ -119,8 +121,9 @@ from kling_jax.train import loop, metrics
 c = config.load("tsa:runlocal,set=set,table=labels.parquet,fold=0", ["--config.labels.fold=0"])
 c.steps = 40 if SMALL else 400
 c.labels.folds = 2  # half of the scenes is held out
-c.data.batch = 8
+c.data.batch = 24
 c.optimizer.warmup = 5
+c.log.every = 2
 summary = loop.run(c, "tsa")
 curve = metrics.read("tsa/metrics.jsonl")
 plt.figure(figsize=(5, 3))
@@ -151,7 +154,8 @@ plt.ylabel("VTSS of the network")
 plt.show()
 
 # %% tags=["check"]
-assert summary.finished and curve[-1]["loss"] < curve[0]["loss"]
+losses = [row["loss"] for row in curve]
+assert summary.finished and np.mean(losses[-5:]) < np.mean(losses[:5])
 agreement = np.corrcoef([row["rating"] for row in held], scored)[0, 1]
 assert agreement > 0.5, agreement
 

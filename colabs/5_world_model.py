@@ -22,6 +22,7 @@ import logging
 import os
 import subprocess
 import sys
+import warnings
 
 SOURCE = os.environ.get("KLING_JAX_SOURCE", "..")  # the folder of a clone, or git+https://... of one
 SMALL = os.environ.get("KLING_SMALL") == "1"  # a smoke test in seconds; nothing to look at
@@ -29,6 +30,7 @@ if importlib.util.find_spec("kling_jax") is None:
   wanted = f"kling_jax[demo,sweep,caption] @ {SOURCE}" if "://" in SOURCE else f"{SOURCE}[demo,sweep,caption]"
   subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", wanted], check=True)
 logging.getLogger("absl").setLevel(logging.ERROR)
+warnings.filterwarnings("ignore", "os.fork")  # `!` starts programs beside JAX, which is harmless
 
 # %% [markdown]
 # ## The world
