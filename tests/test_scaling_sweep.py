@@ -200,6 +200,18 @@ def test_a_study_asks_for_its_later_runs_where_its_grids_say(base) -> None:
   assert all(run["optimizer.lr"] == pytest.approx(3e-3, rel=0.02) for run in held)
 
 
+def test_a_study_whose_grids_show_no_curvature_is_refused() -> None:
+  """Else its later runs could not be asked for, hours after it began."""
+  rates = {"d16": (1e-3, 2e-3, 4e-3), "d32": (1e-3, 2e-3)}
+  study = lambda batches: arms.Study(
+    horizons=(4096,), batches=batches, rates=rates, repeats={}, holdouts=(), memory=math.inf
+  )
+  for batches in ({"d16": (4, 8), "d32": (4, 8, 16)}, {"d16": (4, 4, 8), "d32": (4, 8, 16)}):
+    with pytest.raises(ConfigError, match="one grid of 3 x 3"):
+      study(batches)
+  study({"d16": (4, 8, 16), "d32": (4,)})
+
+
 def test_a_plan_adds_up(tmp_path: pathlib.Path) -> None:
   loaded = written(tmp_path, "def sweep():\n  yield {'steps': 100, 'validation.every': 25, 'data.batch': 4}\n")
   hardware = design.Hardware(flops_per_s=1e9, mfu=0.5, devices=4, price=3.0)

@@ -7,6 +7,7 @@ from typing import Any
 import ml_collections
 import numpy as np
 
+from kling_jax.errors import ConfigError
 from kling_jax.scaling import design, loglinear, lr_batch, table
 from kling_jax.scaling.design import Hyper, Overrides
 
@@ -95,6 +96,14 @@ class Study:
   again: int = 0
   within: float = WITHIN
   multiple: int = 1
+
+  def __post_init__(self) -> None:
+    """Raises ConfigError where no grid has the three batches and three rates that a quadratic in both needs."""
+    if not any(len(set(batches)) >= 3 and len(set(self.rates[size])) >= 3 for size, batches in self.batches.items()):
+      raise ConfigError(
+        "no size of the study has three batches and three learning rates; one grid of 3 x 3 at least is needed to know "
+        "the curvature of the loss in both"
+      )
 
   def grids(self, base: ml_collections.ConfigDict) -> list[Overrides]:
     """The runs of the first stage."""
