@@ -22,18 +22,24 @@ NAMES = (
   "application_default_credentials.json", "client_secret*.json", "service_account*.json", "*.tfstate",
 )  # fmt: skip
 HARMLESS = (".env.example", ".env.sample", ".env.template")
-# Forms that tokens and keys have, each with the words for it.
+# Forms that tokens and keys have, each with the words for it; a text without any of the marks needs no closer look.
 CONTENTS = {
-  "a private key": rb"-----BEGIN (?:[A-Z]+ )*PRIVATE KEY-----",
-  "an AWS access key": rb"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b",
-  "a GitHub token": rb"\b(?:gh[pousr]_[A-Za-z0-9]{36}|github_pat_[A-Za-z0-9_]{60,})",
-  "a GitLab token": rb"\bglpat-[A-Za-z0-9_-]{20,}",
-  "a Hugging Face token": rb"\bhf_[A-Za-z0-9]{34,}\b",
-  "a Google API key": rb"\bAIza[0-9A-Za-z_-]{35}\b",
-  "a Google OAuth token": rb"\bya29\.[0-9A-Za-z_-]{30,}",
-  "a Slack token": rb"\bxox[abprs]-[0-9A-Za-z-]{10,}",
-  "an API key": rb"\bsk-(?:[a-z]+-)?[A-Za-z0-9_-]{32,}",
-  "a W&B key": rb"(?i)wandb_api_key[\"']?\s*[:=]\s*[\"']?[0-9a-f]{40}\b",
+  "a private key": ((b"PRIVATE KEY",), rb"-----BEGIN (?:[A-Z]+ )*PRIVATE KEY-----"),
+  "an AWS access key": ((b"AKIA", b"ASIA"), rb"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b"),
+  "a GitHub token": (
+    (b"ghp_", b"gho_", b"ghu_", b"ghs_", b"ghr_", b"github_pat_"),
+    rb"\b(?:gh[pousr]_[A-Za-z0-9]{36}|github_pat_[A-Za-z0-9_]{60,})",
+  ),
+  "a GitLab token": ((b"glpat-",), rb"\bglpat-[A-Za-z0-9_-]{20,}"),
+  "a Hugging Face token": ((b"hf_",), rb"\bhf_[A-Za-z0-9]{34,}\b"),
+  "a Google API key": ((b"AIza",), rb"\bAIza[0-9A-Za-z_-]{35}\b"),
+  "a Google OAuth token": ((b"ya29.",), rb"\bya29\.[0-9A-Za-z_-]{30,}"),
+  "a Slack token": ((b"xox",), rb"\bxox[abprs]-[0-9A-Za-z-]{10,}"),
+  "an API key": ((b"sk-",), rb"\bsk-(?:[a-z]+-)?[A-Za-z0-9_-]{32,}"),
+  "a W&B key": (
+    (b"WANDB_API_KEY", b"wandb_api_key"),
+    rb"(?:WANDB_API_KEY|wandb_api_key)[\"']?\s*[:=]\s*[\"']?[0-9a-f]{40}\b",
+  ),
 }
 
 
@@ -69,8 +75,8 @@ def secrets(root: pathlib.Path, names: Sequence[pathlib.PurePosixPath]) -> list[
     if (root / name).is_symlink():
       continue
     data = (root / name).read_bytes()
-    for what, form in CONTENTS.items():
-      match = re.search(form, data)
+    for what, (marks, form) in CONTENTS.items():
+      match = re.search(form, data) if any(mark in data for mark in marks) else None
       if match:
         line = data.count(b"\n", 0, match.start()) + 1
         found.append(f"{name}:{line}: {what}")

@@ -42,7 +42,11 @@ echo '{"steps": 3}' >"$work/config.json"
 echo '{"step": 1, "loss": 0.5}' >"$work/metrics.jsonl"
 exit "${code:-0}"
 """
-ENV = '#!/bin/bash\nexec {python} -SIE {program} "$@"\n'
+# A program on PATH is a module beside this file: Python keeps it compiled, which a script is not.
+SHIM = """#!/bin/bash
+export FAKE_PROGRAM={name}
+exec {python} -SIE -c 'import sys; sys.path.insert(0, "{folder}"); import {module}' "$@"
+"""
 
 
 def program(path: pathlib.Path, text: str) -> None:
@@ -54,11 +58,11 @@ def program(path: pathlib.Path, text: str) -> None:
 class Cloud:
   """A folder with a cloud in it; `gcloud` and others are on PATH, and this machine's home is inside of it."""
 
-  def __init__(self, folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch, *programs: str):
+  def __init__(self, folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch, module: str, *programs: str):
     self.folder = folder
     for name in programs:
-      file = HERE / f"fake_{name}.py"
-      program(folder / "local" / name, ENV.format(python=sys.executable, program=file))
+      text = SHIM.format(name=name, python=sys.executable, folder=HERE, module=module)
+      program(folder / "local" / name, text)
     for name, text in {
       "python3": PYTHON3, "hostpip": PIP, "hostpython": HOSTPYTHON, "hostname": '#!/bin/bash\necho "$FAKE_HOST"\n',
       "mountpoint": '#!/bin/bash\nmkdir -p "$2"\n', "sudo": '#!/bin/bash\nexec "$@"\n',

@@ -9,7 +9,6 @@ Run as a program. FAKE_CLOUD names its folder:
 import contextlib
 import json
 import os
-import shutil
 import signal
 import sys
 import time
@@ -82,12 +81,14 @@ def switch_off(resource, grace_s):
     last = time.monotonic() + grace_s
     while number == signal.SIGTERM and time.monotonic() < last and any(map(alive, ending)):
       time.sleep(0.05)
+  import shutil
+
   for home in homes(resource):
     shutil.rmtree(home, ignore_errors=True)
 
 
 def preempt(resource):
-  grace_s = load("grace.json", 0.2)
+  grace_s = load("grace.json", 0)
   switch_off(resource, grace_s)
   resource["node"] = "PREEMPTED"
   resource["state"] = "SUSPENDING"
@@ -126,6 +127,8 @@ def ssh(resource, given, silent):
 
 
 def scp(resource, words, given):
+  import shutil
+
   sources, target = words[:-1], words[-1]
   places = homes(resource) if given["worker"] == "all" else homes(resource)[:1]
   for home in places:

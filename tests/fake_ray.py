@@ -1,7 +1,7 @@
 """A `ray` for tests: a cluster and its jobs in a folder, which fail as they are told to.
 
 Run as a program. FAKE_CLOUD names its folder; faults.json, calls.jsonl and state.json are as in fake_gcloud.py. A job
-is asked for three times before it is over; the file `codes` says how (FAILED or SUCCEEDED), in turn.
+is asked for twice before it is over; the file `codes` says how (FAILED or SUCCEEDED), in turn.
 """
 
 import json
@@ -43,11 +43,11 @@ def job(words, jobs):
     print("\n".join(f"{words[0]}: line {n}" for n in range(found["looks"])))
     return
   found["looks"] += 1
-  if found["looks"] == 3:
+  if found["looks"] == 2:
     ends = load("codes", ["SUCCEEDED"])
     save("codes", ends[1:] or ends)
     found["state"] = ends[0]
-  elif found["looks"] == 2:
+  elif found["looks"] == 1:
     found["state"] = "RUNNING"
   print(f"Status for job '{words[0]}': {found['state']}\nStatus message: Job supervisor says hello")
 
