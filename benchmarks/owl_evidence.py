@@ -73,7 +73,8 @@ def summary(lines: Sequence[Line], reference: str = "base") -> list[dict[str, An
   rows = []
   for arm, seeds in by_arm.items():
     for name, (value, aim) in COLUMNS.items():
-      pairs = [(value(seeds[seed]), value(by_arm[reference][seed])) for seed in seeds if seed in by_arm[reference]]
+      against = by_arm.get(reference, {})
+      pairs = [(value(seeds[seed]), value(against[seed])) for seed in seeds if seed in against]
       differences = [a - b for a, b in pairs if a is not None and b is not None]
       values = [found for seed in seeds if (found := value(seeds[seed])) is not None]
       rows.append(
