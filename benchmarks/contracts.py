@@ -55,6 +55,11 @@ def _family(width: int) -> Case:
 CASES = {
   **{f"{size}-{res}": Case(f"configs/video_dit.py:size={size},res={res}", CACHED, LARGE)
      for size in ("1.3b", "14b", "30b") for res in ("480p", "720p")},
+  # What 32 GiB a chip do not hold otherwise.
+  "14b-720p-offload": Case("configs/video_dit.py:size=14b,res=720p", (*CACHED, "model.remat=offload:block"),
+                           ("v6e:16x16",)),
+  "14b-720p-halves": Case("configs/video_dit.py:size=14b,res=720p", (*CACHED, "optimizer.accumulate=2"),
+                          ("v6e:16x16",)),
   "owl1": Case("configs/owl.py:preset=owl1", BF16, ("v5p:4x4x4", "v6e:8x8")),
   "modern": Case("configs/owl.py:preset=modern", BF16, ("v5p:4x4x4", "v6e:8x8")),
   "tsa": Case("configs/tsa.py:size=tiny", BF16, ("v5p:2x2x1", "v6e:2x4")),

@@ -121,7 +121,7 @@ def compile_(
 
 
 def stacked(text: str) -> int:
-  """Bytes of the stacks that forward loops fill: buffers made before a loop, written a slice at a time inside it.
+  """Bytes of the stacks that forward loops fill: buffers made before a loop, with a slice for each of its turns.
 
   Their tiles' padding is not counted.
   """
@@ -135,5 +135,7 @@ def stacked(text: str) -> int:
       operand = re.search(r"%([\w.\-]+)", loop.rest)
       given = tuples.get(operand.group(1)) if operand else None
       names = re.findall(r"%([\w.\-]+)", given.rest) if given else []
-      total += sum(collectives.size(made[name].result) for name in names if name in made)
+      turns = collectives._trips(computations, loop)
+      stacks = [made[name].result for name in names if name in made and f"[{turns}," in made[name].result]
+      total += sum(collectives.size(result) for result in stacks)
   return total
