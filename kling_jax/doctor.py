@@ -21,6 +21,10 @@ EXTRAS = {
   "ray": (("ray",), "curation on many machines"),
   "tpu": (("libtpu",), "TPU devices"),
   "cuda": (("jax_cuda13_plugin",), "NVIDIA devices"),
+  "quantize": (("qwix",), "int8 and float8 products"),
+  "track": (("tensorboardX", "wandb"), "log.tensorboard and log.wandb"),
+  "colab": (("jupytext", "nbclient", "ipykernel"), "executing the notebooks"),
+  "docs": (("zensical", "mkdocstrings"), "the site of `make docs`"),
   "bench": (("torch",), "the PyTorch side of the benchmarks"),
   "test": (("pytest", "hypothesis", "mypy", "ruff"), "the test suite"),
 }

@@ -112,10 +112,16 @@ def check_command(words: list[str]) -> None:
 
 def extras() -> set[str]:
   """The names of setup.py's extras."""
+  found: set[str] = set()
   for node in ast.parse((ROOT / "setup.py").read_text()).body:
-    if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "EXTRAS" and isinstance(node.value, ast.Dict):
-      return {ast.literal_eval(key) for key in node.value.keys if key is not None} | {"test"}
-  raise ValueError("setup.py has no EXTRAS")
+    if not isinstance(node, ast.Assign):
+      continue
+    target = node.targets[0]
+    if ast.unparse(target) == "EXTRAS" and isinstance(node.value, ast.Dict):
+      found |= {ast.literal_eval(key) for key in node.value.keys if key is not None}
+    elif isinstance(target, ast.Subscript) and ast.unparse(target.value) == "EXTRAS":
+      found.add(ast.literal_eval(target.slice))
+  return found
 
 
 def _check_kling(words: list[str]) -> None:

@@ -10,6 +10,7 @@ import pytest
 jupytext = pytest.importorskip("jupytext")
 ROOT = pathlib.Path(__file__).parents[1]
 SCRIPTS = sorted((ROOT / "colabs").glob("*.py"))
+QUICK = "--xla_backend_optimization_level=0"  # runs of seconds, whose cost is compiling
 by_name = pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 
 
@@ -45,7 +46,7 @@ def test_a_notebook_installs_first_and_checks_itself(script: pathlib.Path) -> No
 def test_a_notebook_runs(script: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
   nbclient = pytest.importorskip("nbclient")
   for name, value in {
-    "KLING_SMALL": "1", "XLA_FLAGS": "", "PATH": f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}",
+    "KLING_SMALL": "1", "XLA_FLAGS": QUICK, "PATH": f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}",
     "IPYTHONDIR": str(tmp_path / "ipython"), "JUPYTER_RUNTIME_DIR": str(tmp_path / "jupyter"),
   }.items():  # fmt: skip
     monkeypatch.setenv(name, value)

@@ -12,8 +12,11 @@ import code_blocks
 import pytest
 from code_blocks import PAGES, ROOT, blocks
 
+from kling_jax import doctor
+
 BLOCKS = [block for page in PAGES for block in blocks(page)]
 RUN = [page for page in PAGES if any(block.language != "text" and not block.reason for block in blocks(page))]
+QUICK = "--xla_backend_optimization_level=0"  # runs of seconds, whose cost is compiling
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 
 
@@ -100,6 +103,13 @@ def test_the_site_has_every_page_and_every_room() -> None:
   assert rooms <= {page.removeprefix("api/").removesuffix(".md") for page in pages}
 
 
+def test_every_extra_is_told_by_the_page_and_by_the_doctor() -> None:
+  page = (ROOT / "docs" / "guide" / "install.md").read_text(encoding="utf-8")
+  told = {name for row in re.findall(r"^\| (`\w+`(?:, `\w+`)*) \|", page, re.M) for name in re.findall(r"\w+", row)}
+  users = code_blocks.extras() - {"bench", "parity"}  # the other side of comparisons
+  assert told == users <= set(doctor.EXTRAS)
+
+
 def test_troubleshooting_quotes_messages_that_exist() -> None:
   sources = [*(ROOT / "kling_jax").rglob("*.py"), *(ROOT / "launch").glob("*.py")]
   said = "\n".join(text for path in sources for text in constants(ast.parse(path.read_text(encoding="utf-8"))))
@@ -164,7 +174,11 @@ def test_every_proof_is_collected() -> None:
 def test_code_blocks_run_in_order(page: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
   monkeypatch.chdir(tmp_path)
   names: dict[str, object] = {"__name__": "page"}
-  environment = {**os.environ, "PATH": f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}", "XLA_FLAGS": ""}
+  environment = {
+    **os.environ,
+    "PATH": f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}",
+    "XLA_FLAGS": QUICK,
+  }
   for block in blocks(page):
     if block.reason or block.language == "text":
       continue
