@@ -19,7 +19,8 @@ from kling_jax.scaling import cost, sweep, worker
 from kling_jax.train import task
 
 ROOT = pathlib.Path(__file__).parents[1]
-STORIES = [memory_world.story(31, index, 12) for index in (0, 3)]
+CLIPS = 8
+STORIES = [memory_world.story(31, index, CLIPS) for index in (0, 3)]
 END = np.arange(1, 4) / 3
 
 
@@ -39,24 +40,25 @@ def test_true_films_are_perfect_and_faults_show_where_they_are() -> None:
   faded = world_metrics.pictures(pale, true, STORIES, 3.0)
   late = np.square(pale.astype(float) - true)[:, -world_metrics.LATE :].mean()
   assert faded["rmse_late"] == pytest.approx(np.sqrt(late), rel=1e-5)
-  assert faded["rmse"] == pytest.approx(np.sqrt(late * world_metrics.LATE / 12), rel=1e-5)
+  assert faded["rmse"] == pytest.approx(np.sqrt(late * world_metrics.LATE / CLIPS), rel=1e-5)
   assert faded["drift"]["saturation"] > 0.05
   still = np.repeat(true[:, :, :1], 3, axis=2)
-  frozen = world_metrics.pictures(still, true, STORIES, 3.0)
+  frozen = world_metrics.motions(still, STORIES, 3.0)
   assert frozen["dynamic_degree"] == 0 < found["dynamic_degree"] and frozen["seam_ratio"] == np.inf
   other = world_metrics.pictures(true[::-1], true, STORIES, 3.0)
   assert other["following"] < 0.6 and other["stayed"]["both"] < 0.7
 
 
 def test_a_world_model_of_a_sweep_is_counted_by_its_parts() -> None:
-  runs = {run.arms[0]: run for run in sweep.load("owl_evidence").runs() if run.config.seed == 0}
-  assert len(runs) == 11 and len({run.id for run in runs.values()}) == 11
-  for run in (runs["base"], runs["replace"]):
-    job, size = task.make(run.config), cost.of(run.config)
+  module = sweep.load("owl_evidence").module
+  for arm in ("base", "replace"):
+    c = module.get_config()
+    c.update_from_flattened_dict(module.ARMS[arm])
+    job, size = task.make(c), cost.of(c)
     trained = {name: leaf.size for name, leaf in job.shapes.items() if job.trainable(name)}
     assert size.params == sum(size.params_by_part.values()) == sum(trained.values())
     assert size.params_by_part["language"] == sum(n for name, n in trained.items() if name.startswith("lm."))
-    d = run.config.data
+    d = c.data
     rows = {"frames": jax.ShapeDtypeStruct((d.batch, d.clips, d.frames, d.height, d.width, 3), np.uint8)}
     assert job.step_cost(rows) == (d.batch * size.clip_tokens, pytest.approx(size.flops(d.batch * size.clip_tokens)))
 
@@ -93,6 +95,8 @@ def test_the_table_pairs_seeds_and_gives_student_intervals(monkeypatch) -> None:
 @pytest.mark.drill
 def test_runs_of_the_evidence_sweep_are_trained_measured_and_shown(tmp_path, monkeypatch) -> None:
   """Two arms at :runlocal, through the ledger; measuring again does nothing."""
+  runs = sweep.load("owl_evidence").runs()
+  assert len(runs) == 33 == len({run.id for run in runs})
   monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
   evidence = importlib.import_module("owl_evidence")
   monkeypatch.setattr(jax, "devices", lambda *_: [jax.local_devices()[0]])

@@ -172,6 +172,7 @@ def test_videos_are_walked_by_their_dense_captions_and_shots(tmp_path) -> None:
     make(data__captions=str(tmp_path / "nowhere.json")).batches("train", 0, 1, 1)
 
 
+@pytest.mark.drill
 def test_several_clips_of_a_row_are_filmed_as_one_after_the_other_is(batch) -> None:
   one, three = make(), make(loss__clips=3)
   keys = rng.sample_keys(jax.random.key(0), 0, np.arange(2))
