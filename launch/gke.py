@@ -26,7 +26,7 @@ import yaml
 from kling_jax import files
 from kling_jax.errors import DataError, UsageError
 from kling_jax.launch import job as job_lib
-from kling_jax.launch import kubernetes, slices, source
+from kling_jax.launch import kubernetes, slices
 from kling_jax.launch.attempt import FATAL
 from kling_jax.launch.job import say
 from kling_jax.launch.program import Program, Refused, Unreached
@@ -133,6 +133,9 @@ class Gke:
       if not left:
         self.follow()
       return 0
+    except Unreached:
+      left = True  # the network is away, which is no fault of the job's
+      raise
     finally:
       if left or self.args.keep:
         say(f"{self.job.name} stays; the same command follows it, `python -m launch.gke delete` ends it")
@@ -209,14 +212,12 @@ def ended(found: dict[str, Any]) -> dict[str, Any] | None:
   return next((c for c in conditions if c["type"] in ("Completed", "Failed") and c.get("status") == "True"), None)
 
 
-def stage_context(package: job_lib.Package, stage: pathlib.Path) -> pathlib.Path:
-  """The folder from which an image is built: the files of the checkout, and our Dockerfile where it has none."""
-  context = stage / "context"
-  source.unpack(package.make(stage).read_bytes(), context)
+def stage_context(package: job_lib.Package, stage: pathlib.Path) -> None:
+  """Makes the folder from which an image is built: the checkout, with our Dockerfile where it has none."""
+  context = package.unpack(stage)
   if not (context / "Dockerfile").exists():
     text = importlib.resources.files("kling_jax.launch").joinpath("Dockerfile").read_text(encoding="utf-8")
     files.write_text(context / "Dockerfile", text)
-  return context
 
 
 # ---- XPK -----------------------------------------------------------------------------------------------------------
@@ -278,6 +279,9 @@ class Xpk:
       if not left:
         self._xpk.run(*self.wait_words())
       return 0
+    except Unreached:
+      left = True  # the network is away, which is no fault of the job's
+      raise
     finally:
       if not (left or self.args.keep):
         with job_lib.undisturbed():

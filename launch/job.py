@@ -6,6 +6,7 @@ import dataclasses
 import getpass
 import pathlib
 import shlex
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -65,10 +66,11 @@ def add_flags(parser: argparse.ArgumentParser, price: str = "") -> None:
   parser.add_argument("--patience_s", type=float, default=600.0, help="how long silence is borne (default: 600)")
 
 
-def add_code(parser: argparse.ArgumentParser) -> None:
+def add_code(parser: argparse.ArgumentParser, wheel: bool = False) -> None:
   """The flags of what travels with a job."""
   parser.add_argument("--code", default=".", help="git checkout whose files are copied (default: this folder)")
-  parser.add_argument("--wheel", help="copy this wheel instead of a checkout")
+  if wheel:
+    parser.add_argument("--wheel", help="copy this wheel instead of a checkout")
   parser.add_argument("--exclude", action="append", default=[], metavar="PATTERN", help="leave files out of the copy")
 
 
@@ -115,7 +117,7 @@ class Package:
     Raises:
       UsageError: secrets would be copied, or there is nothing to copy.
     """
-    if args.wheel:
+    if getattr(args, "wheel", None):
       wheel = pathlib.Path(args.wheel)
       if not wheel.is_file() or wheel.suffix != ".whl":
         raise UsageError(f"--wheel {wheel} is no wheel; `pip wheel --no-deps .` builds one")
@@ -133,6 +135,13 @@ class Package:
       return folder / name
 
     return Package(digest, name, make)
+
+  def unpack(self, folder: pathlib.Path) -> pathlib.Path:
+    """Makes the folder `context` in `folder`, with the files of the checkout and nothing else."""
+    context = folder / "context"
+    shutil.rmtree(context, ignore_errors=True)  # what was deleted since the last time
+    source.unpack(self.make(folder).read_bytes(), context)
+    return context
 
 
 def stage(name: str) -> pathlib.Path:

@@ -25,7 +25,6 @@ from kling_jax import files
 from kling_jax.errors import DataError, UsageError
 from kling_jax.launch import job as job_lib
 from kling_jax.launch import slices
-from kling_jax.launch.gke import stage_context
 from kling_jax.launch.job import say
 from kling_jax.launch.program import Program, Refused, Unreached
 from kling_jax.launch.queued import OWNED
@@ -145,7 +144,7 @@ class Ray:
   def run(self) -> int:
     left = False
     try:
-      stage_context(self.package, self.stage)
+      self.package.unpack(self.stage)
       if not self.args.address:
         files.write_text(self.cluster, yaml.safe_dump(self.manifest(), sort_keys=False))
         self._ray.run(*self.up_words())
@@ -160,6 +159,9 @@ class Ray:
       if not left:
         self.follow(number)
       return 0
+    except Unreached:
+      left = True  # the network is away, which is no fault of the job's
+      raise
     finally:
       if self.args.address:
         say("the cluster is left as it is")

@@ -119,6 +119,9 @@ class Slurm:
       if not left:
         self.follow(offset)
       return 0
+    except Unreached:
+      left = True  # the network is away, which is no fault of the job's
+      raise
     finally:
       if left or self.args.keep:
         say(f"{self.job.name} stays; the same command follows it, `python -m launch.slurm delete` ends it")

@@ -54,8 +54,7 @@ def tracked(root: pathlib.Path, exclude: Sequence[str] = ()) -> list[pathlib.Pur
   )
   if listed.returncode:
     raise UsageError(
-      f"{root} is not a git checkout ({listed.stderr.decode(errors='replace').strip()[:200]}); "
-      "give --code CHECKOUT, or --wheel FILE for a package that was built before"
+      f"{root} is not a git checkout ({listed.stderr.decode(errors='replace').strip()[:200]}); give --code CHECKOUT"
     )
   names = sorted({name.decode(errors="surrogateescape") for name in listed.stdout.split(b"\0") if name})
   kept = [name for name in names if not any(fnmatch.fnmatch(name, pattern) for pattern in exclude)]

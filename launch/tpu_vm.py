@@ -175,6 +175,9 @@ class TpuVm(Queued):
       self.until_done()
       left = self.args.detach
       return 0
+    except Unreached:
+      left = True  # the network is away, which is no fault of the job's
+      raise
     finally:
       left = left or self.args.keep
       if left:
@@ -242,7 +245,7 @@ def parser() -> argparse.ArgumentParser:
   made.add_argument("--create_option", action="append", default=[], help="another flag of `queued-resources create`")
   made.add_argument("--ssh_option", action="append", default=[], help="another flag of `queued-resources ssh`")
   made.add_argument("--ssh_timeout_s", type=float, default=1800.0, help="a call to hosts that takes longer failed")
-  job_lib.add_code(made)
+  job_lib.add_code(made, wheel=True)
   job_lib.add_flags(made, "chip")
   return made
 

@@ -162,6 +162,8 @@ def main(words):
 
   if fault in ("quota", "unavailable"):
     fail(fault)
+  if fault == "hang":
+    time.sleep(3600)
   if fault == "preempt" and resource:
     preempt(resource)
   if fault == "preempt, noticed late" and resource:

@@ -206,6 +206,16 @@ def test_a_launcher_that_is_killed_goes_on_when_it_is_started_again(
   assert cloud.state()["resources"] == {}
 
 
+def test_a_network_that_is_away_ends_the_launcher_and_leaves_the_job(
+  cloud: fake_cloud.Cloud, capfd: pytest.CaptureFixture[str]
+) -> None:
+  cloud.faults(("kubectl get", 2, "unavailable"))
+  assert gke.main(words(*GPU, "--patience_s", "0")) == 1
+  assert "the pods go on, start again to follow" in capfd.readouterr().err
+  assert gke.main(words(*GPU)) == 0
+  assert cloud.state()["created"] == 1 and cloud.state()["resources"] == {}
+
+
 def test_list_and_delete_touch_what_launchers_made(cloud: fake_cloud.Cloud, capsys: pytest.CaptureFixture[str]) -> None:
   assert gke.main(words(*GPU, "--detach")) == 0
   state = cloud.state()

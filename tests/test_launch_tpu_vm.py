@@ -34,7 +34,7 @@ def words(cloud: fake_cloud.Cloud, *more: str) -> list[str]:
   return [
     "--config", "run.py", "--workdir", "runs/a", "--code", "code", "--accelerator_type", "v5litepod-16",
     "--zone", "us-west4-a", "--project", "p", "--nfs", "10.0.0.2:/share", "--root", str(cloud.folder / "shared"),
-    "--usd_per_chip_hour", "0.5", "--spot", "--poll_s", "0.01", *more,
+    "--usd_per_chip_hour", "0.5", "--spot", "--poll_s", "0.1", *more,
   ]  # fmt: skip
 
 
@@ -95,6 +95,9 @@ def test_flags_reach_the_cloud(cloud: fake_cloud.Cloud, capsys: pytest.CaptureFi
                "--node-count=2", "--node-prefix=kling-me-a"):  # fmt: skip
     assert flag in said
   assert "cost: 32 chips" in said and "--spot" not in said
+  pathlib.Path("kling_jax-1-py3-none-any.whl").touch()
+  assert tpu_vm.main(words(cloud, "--wheel", "kling_jax-1-py3-none-any.whl", "--dry_run")) == 0
+  assert "install kling-me-a kling_jax-1-py3-none-any kling_jax-1-py3-none-any.whl tpu,cloud" in capsys.readouterr().out
 
 
 # ---- clouds that fail ----------------------------------------------------------------------------------------------
@@ -109,6 +112,7 @@ def test_flags_reach_the_cloud(cloud: fake_cloud.Cloud, capsys: pytest.CaptureFi
     pytest.param([("create", 1, "lost"), ("delete", 1, "lost")], 0, 1, "", marks=DRILL),
     ([("ssh:status", 2, "silent 1"), ("ssh:start", 1, "silent 1")], 0, 1, "a host does not answer"),
     ([("ssh:status", 2, "preempt")], 0, 2, "hosts are gone (SUSPEND"),
+    pytest.param([("ssh:start", 1, "hang")], 0, 1, "a host does not answer", marks=DRILL),
     pytest.param([("ssh:mount", 1, "preempt, noticed late")], 0, 2, "hosts are gone (PREEMPTED)", marks=DRILL),
     pytest.param([("ssh:pack", 1, "preempt")], 0, 2, "hosts are gone", marks=DRILL),
   ],
@@ -117,7 +121,7 @@ def test_faults_end_in_the_documented_state_with_nothing_left(
   cloud: fake_cloud.Cloud, capsys: pytest.CaptureFixture[str], faults: list, exit_code: int, created: int, expected: str
 ) -> None:
   cloud.faults(*faults)
-  assert tpu_vm.main(words(cloud)) == exit_code
+  assert tpu_vm.main(words(cloud, "--ssh_timeout_s", "20")) == exit_code
   streams = capsys.readouterr()
   assert expected in streams.out + streams.err
   assert cloud.settled() and cloud.state()["created"] == created
@@ -206,6 +210,20 @@ def test_ctrl_c_deletes_and_detach_leaves(cloud: fake_cloud.Cloud, capsys: pytes
   assert cloud.settled()
 
 
+@pytest.mark.drill
+def test_a_network_that_is_away_ends_the_launcher_and_leaves_the_job(
+  cloud: fake_cloud.Cloud, capsys: pytest.CaptureFixture[str]
+) -> None:
+  cloud.faults(("ssh:status", 2, "unavailable"), ("describe", 6, "unavailable"))
+  assert tpu_vm.main(words(cloud, "--patience_s", "0")) == 1
+  streams = capsys.readouterr()
+  assert "cannot reach its server" in streams.err and "stays, at most until" in streams.out
+  assert len(cloud.hosts()) == 2
+  cloud.faults()
+  assert tpu_vm.main(words(cloud)) == 0
+  assert cloud.settled() and cloud.state()["created"] == 1 and kinds(cloud).count("start") == 1
+
+
 def test_list_shows_and_delete_deletes_what_launchers_made_and_nothing_else(
   cloud: fake_cloud.Cloud, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -251,6 +269,7 @@ def test_the_end_of_life_is_that_of_the_first_start(cloud: fake_cloud.Cloud) -> 
     ([], ["--accelerator_typ", "x", "y"], "unknown flags"),
     (["--accelerator_type", "v5litepod-16"], ["--accelerator_type", "v5lite-16"], "did you mean 'v5litepod'?"),
     ([], ["--reserved"], "not allowed with argument --spot"),
+    ([], ["--wheel", "none.whl"], "is no wheel"),
   ],
 )
 def test_refusals_come_before_anything_is_asked_of_the_cloud(
