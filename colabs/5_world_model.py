@@ -134,7 +134,7 @@ assert len(film.clips) == 0, "we went back to the start"
 # ## By hand
 #
 # Change `SAYS` and run the cell as often as you like; an empty text lets the model write. In a shell, `kling rollout
-# --interactive` asks before each clip.
+# --interactive` asks before each clip, and `--serve` opens a page.
 
 # %%
 SAYS = options[1]
