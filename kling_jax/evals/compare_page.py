@@ -10,7 +10,7 @@ from kling_jax import page
 from kling_jax.data import encode
 from kling_jax.evals import compare
 
-SIDE = 160  # pixels of a shown video's shorter side, at most its own where that is larger than 1/4 of this
+SIDE = 160  # pixels: larger videos are shrunk to this shorter side, those below half of it enlarged
 FRAMES = 96  # of a shown video, at most
 GAP = 4  # white pixels between videos
 
@@ -61,7 +61,7 @@ class Shown:
 
   Args:
     caption: below it. order: what stands where, from left to right. videos: uint8 (T, H, W, 3) of one size.
-    fps: of the shortest of them all.
+    fps: of all of them.
   """
 
   def __init__(self, caption: str, order: str, videos: Sequence[np.ndarray], fps: float):
