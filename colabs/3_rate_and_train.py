@@ -45,6 +45,8 @@ from kling_jax.measure import clip as measure
 kinds = ("blur", "noise", "borders")
 names = ("blur", "noise", "borders", "clarity")  # sub-metrics that the network will read
 scorers = measure.chosen(names)
+if SMALL:
+  weak_labels.SIDES = (96,)  # pixels of the shorter side
 count = weak_labels.make([], "set", scenes=4 if SMALL else 8, kinds=kinds, scorers=scorers)
 print(count, "clips")
 

@@ -127,7 +127,8 @@ if THIMBLE:
   c.data.batch = 8
 summary = loop.run(c, "adapted")
 report = json.loads(pathlib.Path("adapted/init_report.json").read_text())
-print({name: value if not isinstance(value, list) else value[:4] for name, value in report.items()})
+for part in report:  # what was loaded, and what starts fresh
+  print({name: f"{len(value)}: {value[:3]}" if isinstance(value, list) else value for name, value in part.items()})
 
 # %%
 import matplotlib.pyplot as plt
