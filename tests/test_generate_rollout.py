@@ -284,9 +284,11 @@ def test_the_page_plays_clips_as_they_come_takes_texts_goes_back_and_forks(lived
     click(page, ".clips li:nth-child(2) button", 1)  # fork after the first clip
     until(page, "world().take === 1 && world().takes.length === 2")
     say(page, "the camera pans left")
-    until(page, "world().takes[1].clips.length === 2 && world().playing === 1")
+    say(page, "the fog")  # while the other is filmed
+    until(page, "world().takes[1].clips.length === 3 && world().playing === 2")
+    assert page.run("document.querySelector('.now').textContent").startswith("the fog")
     click(page, ".auto")
-    until(page, "world().takes[1].clips.length >= 4 && world().playing >= 2")
+    until(page, "world().takes[1].clips.length >= 5 && world().playing >= 3")
     click(page, ".auto")
     until(page, "!world().filming")
     click(page, ".takes button", 0)
@@ -305,6 +307,7 @@ def test_the_page_plays_clips_as_they_come_takes_texts_goes_back_and_forks(lived
     assert decode.probe(folder / "film.mp4").num_frames == 5 * len(take["clips"])
     for number, clip in enumerate(take["clips"]):
       assert (folder / rollout.name(number)).read_bytes() == session.media(clip["media"])
+    assert not (folder / rollout.name(len(take["clips"]))).exists(), "what was dropped leaves no film"
 
 
 def test_what_the_page_may_not_ask_is_refused_and_asking_twice_is_once(lived, tmp_path) -> None:

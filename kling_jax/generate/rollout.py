@@ -420,6 +420,7 @@ def run(
         break
       if said == "/back":
         rollout.rewind(max(number - 1, 0))
+        (folder_out / name(len(rollout.clips))).unlink(missing_ok=True)
         continue
       cut = cut or said.startswith("/cut")
       text = said.removeprefix("/cut").strip() or None

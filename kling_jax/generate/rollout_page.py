@@ -49,7 +49,7 @@ _STYLE = """
 .side button, .clips button, .takes button { font: inherit; cursor: pointer; color: inherit; border-radius: 8px;
   border: 1px solid var(--line); background: var(--page); padding: 3px 10px; }
 .side button.film { background: var(--mark); border-color: var(--mark); color: #fff; font-weight: 600;
-  padding: 9px 20px; } .side button:disabled { opacity: .5; cursor: default; }
+  padding: 9px 20px; }
 .takes { display: flex; flex-wrap: wrap; gap: 8px; margin-bottom: 14px; }
 .takes button[aria-selected=true] { background: var(--mark); border-color: var(--mark); color: #fff; }
 .clips { list-style: none; display: flex; gap: 12px; overflow-x: auto; padding: 4px 2px 12px; margin: 20px 0 0; }
@@ -74,10 +74,11 @@ const make = (tag, text, parent) => { const e = document.createElement(tag); e.t
   return e; };
 const path = (name, more = {}) => name + '?' + new URLSearchParams({token, ...more});
 const screen = find('.screen'), veil = find('.veil'), trouble = find('.trouble'), input = find('#text');
-const players = [...screen.querySelectorAll('video')], auto = find('.auto'), cut = find('.cut'), film = find('.film');
+const players = [...screen.querySelectorAll('video')], auto = find('.auto'), cut = find('.cut');
 let state = null, take = 0, playing = -1, loading = -1, front = 0, turn = 0, played = [];
-window.world = () => ({take, playing, played, filming: state && state.filming, takes: state ? state.takes : [],
-  time: players[front].currentTime, size: players[front].videoWidth});
+let begun = false, wish = null;  // a clip was asked for and not yet answered; what to film as soon as nothing is
+window.world = () => ({take, playing, played, filming: begun || wish || (state && state.filming),
+  takes: state ? state.takes : [], time: players[front].currentTime, size: players[front].videoWidth});
 const picture = screen.querySelector('img');
 picture.onload = () => root.style.setProperty('--aspect', picture.naturalWidth + ' / ' + picture.naturalHeight);
 picture.src = path('image');
@@ -110,18 +111,23 @@ async function act(name, body) {
   return next;
 }
 
-async function go() {
-  if (!state || state.filming) return;
-  const next = await act('film', {number: clips().length, text: input.value, cut: cut.checked});
-  if (next) { input.value = ''; cut.checked = false; } else auto.checked = false;
+// Films what was said, else lets the world go on by itself, one clip ahead of what is played.
+async function ahead() {
+  if (!state || state.filming || begun || !(wish || (auto.checked && playing >= clips().length - 2))) return;
+  const {text, scene} = wish || {text: '', scene: false};
+  begun = true; wish = null;
+  const next = await act('film', {number: clips().length, text, cut: scene});
+  begun = false;
+  if (!next) { auto.checked = false; if (!input.value) input.value = text; }
+  tell(); ahead();
 }
 
-// Lets the world go on by itself, one clip ahead of what is played.
-function ahead() {
-  if (auto.checked && state && !state.filming && playing >= clips().length - 2) go();
+function choose(number) {
+  take = number; wish = null;
+  stop();
+  show(state, true);
+  if (clips().length) play(clips().length - 1);
 }
-
-function choose(number) { take = number; stop(); show(state, true); if (clips().length) play(clips().length - 1); }
 
 function stop() {
   playing = loading = -1;
@@ -166,10 +172,10 @@ function tell() {
   if (clip) make('small', (clip.given ? 'you said so' : 'written by the model') + ', clip ' + playing +
     (clip.cut ? ', after a cut' : '') + ', filmed in ' + clip.seconds + ' s', now);
   const filming = state && state.filming;
-  veil.hidden = !filming;
+  veil.hidden = !filming && !wish;
   veil.textContent = filming ? 'filming clip ' + filming.number + (filming.take === take ? '' : ' of take ' +
-    filming.take) + (clips().length ? '' : ' (the first one compiles)') : '';
-  film.disabled = !!filming;
+    filming.take) + (clips().length ? '' : ' (the first one compiles)') +
+    (wish ? ', next: ' + (wish.text || 'what the model writes') : '') : '';
   input.placeholder = state && !state.writes ? 'this model cannot write: say something' : 'empty: the model writes';
   find('.clips').querySelectorAll('li').forEach((item, number) =>
     item.classList.toggle('on', number === playing + 1));
@@ -218,7 +224,13 @@ function draw() {
   list.scrollLeft = list.scrollWidth;
 }
 
-find('form').onsubmit = event => { event.preventDefault(); go(); };
+find('form').onsubmit = event => {
+  event.preventDefault();
+  wish = {text: input.value, scene: cut.checked};
+  input.value = '';
+  cut.checked = false;
+  tell(); ahead();
+};
 auto.onchange = ahead;
 document.addEventListener('keydown', event => {
   if (event.key !== ' ' || event.target.tagName === 'INPUT' || event.target.tagName === 'BUTTON') return;

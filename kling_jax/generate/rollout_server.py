@@ -144,9 +144,11 @@ class Session:
   def rewind(self, asked: dict[str, Any]) -> dict[str, Any]:
     """Drops the clips of take `take` from number `clips` on."""
     with self._changed:
-      _, take = self._asked(asked)
+      name, take = self._asked(asked)
       self._idle()
       take.rollout.rewind(_whole(asked, "clips"))
+      for number in range(len(take.rollout.clips), len(take.media)):
+        (self.folder(name) / rollout_lib.name(number)).unlink(missing_ok=True)
       del take.media[len(take.rollout.clips) :]
       self._tell()
       return self._state()
