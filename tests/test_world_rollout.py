@@ -96,12 +96,11 @@ def test_logits_token_by_token_are_those_of_training(rollout, whole) -> None:
 
 
 def test_queries_that_see_one_another_are_cached_alike() -> None:
-  """The language model alone, on pictures of noise, beyond the window."""
-  world = owl_model.world(layout=dataclasses.replace(LAYOUT, mutual=True))
+  """The language model alone, with vectors of places, on pictures of noise, beyond the window."""
+  config = dataclasses.replace(CONFIG, places=LAYOUT.clip)
+  world, values = owl_model.world(config, layout=dataclasses.replace(LAYOUT, mutual=True)), owl_model.weights(config)
   frames = np.random.default_rng(4).integers(0, 256, (6, ROWS, owl_model.FRAMES, 16, 16, 3), np.uint8)
-  state = quick_jit(world.begin)(
-    owl_model.weights(), owl_model.IMAGE, *owl_model.PROMPTS, owl_model.FPS, owl_model.KEYS
-  )
+  state = quick_jit(world.begin)(values, owl_model.IMAGE, *owl_model.PROMPTS, owl_model.FPS, owl_model.KEYS)
 
   @quick_jit
   def clip(weights, state, asked, frames):
@@ -114,7 +113,7 @@ def test_queries_that_see_one_another_are_cached_alike() -> None:
 
   clips = []
   for shown in frames:
-    made, state = clip(owl_model.weights(), state, action(["up", "go on"]), shown)
+    made, state = clip(values, state, action(["up", None]), shown)
     clips.append(made)
 
   @quick_jit
@@ -123,7 +122,7 @@ def test_queries_that_see_one_another_are_cached_alike() -> None:
     return sequence.read(model, world.layout, POLICY, walk, dtype=jnp.float32, logits=False).state_BOQD
 
   cached = np.stack([made.state_BQD for made in clips], 1)
-  np.testing.assert_allclose(cached, whole(owl_model.weights(), owl_model.walk_of(clips)), atol=1e-5)
+  np.testing.assert_allclose(cached, whole(values, owl_model.walk_of(clips)), atol=1e-5)
 
 
 def test_any_number_of_clips_is_one_program_and_one_size_of_memory(roller, rollout) -> None:
