@@ -16,7 +16,7 @@ from kling_jax.train import metrics
 
 ROOT = pathlib.Path(__file__).parents[1]
 STEPS = 8
-GRACE_S = 30
+GRACE_S = 120  # of which nothing is waited for that the job does not need
 # As in tests/test_train_jobs.py.
 CHANGES = {
   "steps": STEPS, "log.every": 1, "checkpoint.every": 2, "validation.every": 0, "data.batch": 8,
@@ -25,13 +25,13 @@ CHANGES = {
 }  # fmt: skip
 
 # The `python` of a host. `attempt` runs as it is; the command that it starts notes what goes into each step. The first
-# hosts wait before batch 4 until they are told to leave, and are then slow, so that JAX, which looks for the signal
-# once a second, sees it before the next wait; the second ones wait before batch 6 until they are killed.
+# hosts wait before batch 4, the second ones before batch 6, until they are taken away. The first then go on slowly,
+# since JAX looks for the signal once a second.
 HOSTPYTHON = """#!/bin/bash
 exec {python} {script} "$@"
 """
 SCRIPT = """
-import os, runpy, sys
+import os, sys
 
 sys.path.insert(0, {root!r})
 sys.argv = sys.argv[1:]
@@ -51,18 +51,20 @@ from kling_jax.data import pipeline
 from kling_jax.train.task import digests
 
 iterate = pipeline.Batches.iterate
+name = os.environ.get("JAX_PROCESS_ID", "alone")
+hosts = 0 if name == "alone" else int(os.path.basename(os.environ["HOME"]).partition("-")[0])
 
 def recorded(self, *args, **kwargs):
   for step, batch in iterate(self, *args, **kwargs):
-    with open({folder!r} + f"/fed-{{os.environ.get('JAX_PROCESS_ID', 'alone')}}.jsonl", "a") as file:
+    with open({folder!r} + f"/fed-{{name}}.jsonl", "a") as file:
       for index, digest in zip(batch["index"].tolist(), digests(batch)):
-        file.write(json.dumps([step, index, digest.tobytes().hex()]) + chr(10))
-    told = [os.path.exists({folder!r} + f"/cloud/told-{{n}}") for n in (1, 2)]
-    while "JAX_PROCESS_ID" in os.environ and step in (4, 6) and not told[step == 6]:
-      time.sleep(0.05)
-      told = [os.path.exists({folder!r} + f"/cloud/told-{{n}}") for n in (1, 2)]
-    if "JAX_PROCESS_ID" in os.environ and step == 4 and not told[1]:
-      time.sleep(3)
+        file.write(json.dumps([step, index, digest.tobytes().hex(), hosts]) + chr(10))
+    if step == {{1: 4, 2: 6}}.get(hosts):
+      open({folder!r} + f"/waits-{{hosts}}-{{name}}", "w").close()
+      while not os.path.exists({folder!r} + f"/cloud/told-{{hosts}}"):
+        time.sleep(0.05)
+    if hosts == 1 and step >= 4:
+      time.sleep(2)
     yield step, batch
 
 pipeline.Batches.iterate = recorded
@@ -81,13 +83,10 @@ def environment(**more: str) -> dict[str, str]:
   return {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "OMP_NUM_THREADS": "1", **more}
 
 
-def fed(folder: pathlib.Path, *names: str) -> dict[int, set[tuple[int, str]]]:
-  """Rows (number, hash) that went into each step."""
-  found: dict[int, set[tuple[int, str]]] = {}
-  for name in names:
-    for step, index, digest in map(json.loads, (folder / f"fed-{name}.jsonl").read_text().splitlines()):
-      found.setdefault(step, set()).add((index, digest))
-  return found
+def fed(folder: pathlib.Path, *names: str) -> list[tuple[int, int, str, int]]:
+  """What processes fed: step, row, its hash, and on which hosts."""
+  lines = [line for name in names for line in (folder / f"fed-{name}.jsonl").read_text().splitlines()]
+  return [tuple(json.loads(line)) for line in lines]
 
 
 @pytest.mark.drill
@@ -109,10 +108,9 @@ def test_a_job_whose_spot_hosts_are_taken_away_goes_on_elsewhere_as_if_nothing_w
   (cloud.folder / "host_env.json").write_text(json.dumps(hosts))
 
   def take_away() -> None:
-    """Once steps were done, the next look at the hosts finds them taken away: with a warning, then without."""
-    lines = cloud.folder / "shared" / "runs" / "a" / "metrics.jsonl"
-    for created, rows, grace_s in ((1, 3, GRACE_S), (2, 5, 0)):
-      while not (lines.exists() and len(metrics.read(lines)) >= rows and cloud.state()["created"] == created):
+    """Once both processes wait, the next look at the hosts finds them taken away: with a warning, then without."""
+    for hosts, grace_s in ((1, GRACE_S), (2, 0)):
+      while not all((tmp_path / f"waits-{hosts}-{n}").exists() for n in (0, 1)):
         if stop.wait(0.05):
           return
       (cloud.folder / "grace.json").write_text(json.dumps(grace_s))
@@ -122,7 +120,7 @@ def test_a_job_whose_spot_hosts_are_taken_away_goes_on_elsewhere_as_if_nothing_w
   watcher = threading.Thread(target=take_away)
   watcher.start()
   place = ["--accelerator_type", "v5litepod-16", "--zone", "z", "--project", "p", "--spot", "--nfs", "h:/s"]
-  place += ["--root", str(cloud.folder / "shared"), "--code", "code", "--usd_per_chip_hour", "0", "--poll_s", "0.5"]
+  place += ["--root", str(cloud.folder / "shared"), "--code", "code", "--usd_per_chip_hour", "0", "--poll_s", "3"]
   try:
     assert tpu_vm.main([*command("runs/a"), *place]) == 0, capsys.readouterr()
   finally:
@@ -142,4 +140,8 @@ def test_a_job_whose_spot_hosts_are_taken_away_goes_on_elsewhere_as_if_nothing_w
   assert [row["step"] for row in rows] == list(range(1, STEPS + 1)), "no metric is lost, none is there twice"
   assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in expected], rel=1e-5)
   assert rows[-1]["tokens"] == expected[-1]["tokens"]
-  assert fed(tmp_path, "0", "1") == fed(tmp_path, "alone"), "each step saw the rows that it would have seen"
+  rows_fed = fed(tmp_path, "0", "1")
+  assert {row[:3] for row in rows_fed} == {row[:3] for row in fed(tmp_path, "alone")}, "and the rows of each step"
+  first = {hosts: min(step for step, *_, here in rows_fed if here == hosts) for hosts in (1, 2, 3)}
+  assert first[1] == 0 and first[2] > 4, "told to leave in step 4, they saved what checkpoint.every did not ask for"
+  assert first[2] <= first[3] <= 6, "killed before step 6"
