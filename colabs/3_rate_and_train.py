@@ -168,7 +168,7 @@ assert agreement > 0.5, agreement
 # 3"`.
 
 # %%
-# !kling score --input set --scorers blur,noise,borders,clarity --model vtss
+# !kling score --input set --scorers blur,noise,borders,clarity --model vtss | tail -4
 # !kling select --input set --keep "vtss >= 3"
 
 # %% tags=["check"]
