@@ -129,6 +129,7 @@ def test_faults_end_in_the_documented_state_with_nothing_left(
     assert streams.err.startswith("launch: DataError: ") and len(streams.err.splitlines()) == 1
 
 
+@DRILL
 def test_a_job_that_fails_is_tried_again_while_it_gets_on(
   cloud: fake_cloud.Cloud, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -139,7 +140,7 @@ def test_a_job_that_fails_is_tried_again_while_it_gets_on(
   assert cloud.settled()
 
 
-@pytest.mark.drill
+@DRILL
 def test_a_job_that_fails_without_a_checkpoint_ends(
   cloud: fake_cloud.Cloud, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -159,7 +160,7 @@ def test_what_would_come_again_is_not_tried_again(
   assert expected in capsys.readouterr().err
 
 
-@pytest.mark.drill
+@DRILL
 def test_an_installation_that_fails_is_tried_three_times_and_told(
   cloud: fake_cloud.Cloud, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -210,7 +211,7 @@ def test_ctrl_c_deletes_and_detach_leaves(cloud: fake_cloud.Cloud, capsys: pytes
   assert cloud.settled()
 
 
-@pytest.mark.drill
+@DRILL
 def test_a_network_that_is_away_ends_the_launcher_and_leaves_the_job(
   cloud: fake_cloud.Cloud, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -243,7 +244,7 @@ def test_list_shows_and_delete_deletes_what_launchers_made_and_nothing_else(
   assert list(cloud.state()["resources"]) == ["other"], "what is not ours is left alone"
 
 
-@pytest.mark.drill
+@DRILL
 def test_the_end_of_life_is_that_of_the_first_start(cloud: fake_cloud.Cloud) -> None:
   assert tpu_vm.main(words(cloud, "--detach", "--hours", "1")) == 0
   first = next(word for call in cloud.calls() for word in call if word.startswith("--labels="))
