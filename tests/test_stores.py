@@ -7,11 +7,10 @@ import socket
 import threading
 
 import fsspec
-import numpy as np
 import pytest
 
 from kling_jax import cli, stores
-from kling_jax.data import encode
+from kling_jax.data import films
 from kling_jax.errors import DataError, UsageError
 
 ADDRESS = "memory://bucket/some/place"
@@ -156,15 +155,10 @@ def test_what_processes_lock_is_refused(store, capsys):
     assert "an object store cannot do" in capsys.readouterr().err
 
 
-def films(folder: pathlib.Path) -> None:
-  for number in range(2):
-    frames = np.random.default_rng(number).integers(0, 256, (2, 64, 64, 3), np.uint8).repeat(16, axis=0)
-    encode.write(folder / f"{number}.mp4", frames, fps=8)
-
-
 def through_the_verbs(address: str, tmp_path: pathlib.Path, list_names, capsys) -> None:
   """Footage to a clip set to latents to an evaluation, all in the store."""
-  base = ["--input", f"{address}/raw", "--output", f"{address}/set", "--workers", "1", "--scorers", "motion", "--json"]
+  base = ["--input", f"{address}/raw", "--output", f"{address}/set", "--workers", "1", "--scorers", "motion", "--keep",
+          "duration_s > 0", "--json"]  # fmt: skip
   assert cli.main(["curate", *base]) == 0
   assert json.loads(capsys.readouterr().out)["kept"] >= 2
   names = list_names("set")
@@ -181,7 +175,7 @@ def through_the_verbs(address: str, tmp_path: pathlib.Path, list_names, capsys) 
 
 @pytest.mark.drill
 def test_verbs_take_addresses_and_a_run_goes_on_from_the_store(store, tmp_path, monkeypatch, capsys):
-  films(tmp_path / "raw")
+  films.render_films(tmp_path / "raw", count=1, seconds=4.0, size=(72, 128), seed=1)
   store.put(str(tmp_path / "raw") + "/", "/bucket/some/place/raw/", recursive=True)
   names = lambda part: set(held_names(store, f"/bucket/some/place/{part}"))
   through_the_verbs(ADDRESS, tmp_path, names, capsys)
@@ -223,7 +217,7 @@ def test_the_same_through_a_server_that_speaks_s3(tmp_path, monkeypatch, capsys)
       monkeypatch.setenv(name, value)
     fs = fsspec.filesystem("s3", skip_instance_cache=True)
     fs.mkdir("bucket")
-    films(tmp_path / "raw")
+    films.render_films(tmp_path / "raw", count=1, seconds=4.0, size=(72, 128), seed=1)
     for path in (tmp_path / "raw").iterdir():
       fs.put_file(str(path), f"bucket/place/raw/{path.name}")
 
