@@ -184,8 +184,10 @@ class Model:
     for chunk in progress.track(chunks, "sample"):
       padded = list(chunk) + [chunk[-1]] * (rows - len(chunk))
       batch = self._batch(padded, size, settings.fps or self.config.data.fps, negative, known)
-      batch = sharding.put_batch(self.mesh, batch) if rows % ways == 0 else sharding.put_whole(self.mesh, batch)
-      answer = self._samplers[key](self.params, batch, self._keys(padded), *((compute_C,) if cached else ()))
+      put = sharding.put_whole if rows % ways else sharding.put_batch
+      answer = self._samplers[key](
+        self.params, put(self.mesh, batch), self._keys(padded), *((compute_C,) if cached else ())
+      )
       frames, ratio_CB = answer if cached else (answer, np.zeros((0, rows)))
       videos += list(np.asarray(frames)[: len(chunk)])
       ratios.append(np.asarray(ratio_CB)[:, : len(chunk)])

@@ -57,15 +57,15 @@ def read(path: str | pathlib.Path, whose: Owner, calls: int) -> np.ndarray:
     held = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
     if held["kind"] != KIND:
       raise ValueError(f"kind {held['kind']!r}")
-    theirs = {"weights": str(held["weights"]), "sampler": dict(held["sampler"])}
+    weights, settings = str(held["weights"]), dict(held["sampler"])
   except (OSError, ValueError, KeyError, TypeError) as error:
     raise WeightsError(f"{path} is no step cache ({error}); {mend}") from error
-  if theirs["weights"] != whose["weights"]:
+  if weights != whose["weights"]:
     raise WeightsError(f"{path} belongs to another checkpoint (or other adapters); {mend}")
   differing = [
-    f"{name} {theirs['sampler'].get(name)} there and {value} here"
+    f"{name} {settings.get(name)} there and {value} here"
     for name, value in whose["sampler"].items()
-    if theirs["sampler"].get(name) != value
+    if settings.get(name) != value
   ]
   if differing:
     raise WeightsError(f"{path} belongs to another sampler: {', '.join(differing)}; {mend}")
