@@ -14,6 +14,8 @@ from kling_jax.plan import collectives, roofline
 from kling_jax.plan.programs import Traced
 from kling_jax.plan.topology import SPARE, Topology
 
+_DIFFERENTIATED = re.compile(r'op_name="(?!.*transpose\()[^"]*jvp\([^)]*\)/while"')
+
 
 @dataclasses.dataclass(frozen=True)
 class Report:
@@ -121,15 +123,15 @@ def compile_(
 
 
 def stacked(text: str) -> int:
-  """Bytes of the stacks that forward loops fill: buffers made before a loop, with a slice for each of its turns.
+  """Bytes of the stacks that loops leave for the backward pass: buffers made before a loop, a slice for each turn.
 
-  Their tiles' padding is not counted.
+  The loops are those that were differentiated themselves, not loops inside them. The padding of tiles is not counted.
   """
   computations, _ = collectives._parse(text)
   total = 0
   for body in computations.values():
     made = {one.name: one for one in body if one.opcode == "custom-call" and "AllocateBuffer" in one.rest}
-    loops: Sequence[Any] = [one for one in body if one.opcode == "while" and "transpose(" not in one.rest]
+    loops: Sequence[Any] = [one for one in body if one.opcode == "while" and _DIFFERENTIATED.search(one.rest)]
     tuples = {one.name: one for one in body if one.opcode == "tuple"}
     for loop in loops:
       operand = re.search(r"%([\w.\-]+)", loop.rest)
