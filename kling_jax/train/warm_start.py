@@ -58,7 +58,7 @@ def apply(
       for name, value in params.items()
       if name.startswith(prefix) and (prefix or not _listed(name, config.init_skip))
     }
-    loaded, lines = load(pathlib.Path(stores.here(source)), wanted, allowed)
+    loaded, lines = load(pathlib.Path(stores.here(source)), wanted, allowed, () if prefix else config.init_skip)
     params = params | {prefix + name: jax.device_put(value, shardings[prefix + name]) for name, value in loaded.items()}
     report.append({"source": str(source), "prefix": prefix, **lines})
   if report and jax.process_index() == 0:
@@ -82,9 +82,17 @@ def origins(folder: pathlib.Path) -> list[dict[str, str]]:
 
 
 def load(
-  source: pathlib.Path, wanted: Mapping[str, jax.ShapeDtypeStruct], allow_missing: Sequence[str]
+  source: pathlib.Path,
+  wanted: Mapping[str, jax.ShapeDtypeStruct],
+  allow_missing: Sequence[str],
+  skipped: Sequence[str] = (),
 ) -> tuple[Params, dict[str, object]]:
   """Weights from a work directory (EMA ones of its newest checkpoint) or a folder or file of safetensors.
+
+  Args:
+    allow_missing: patterns of wanted names that the source may lack.
+    skipped: patterns of names in our layout that a file may have though nobody wants them; a work directory may have
+      any.
 
   Returns:
     (loaded parameters, report: kind, step, loaded, missing, unexpected).
@@ -101,7 +109,7 @@ def load(
     found = detect.recognise(source)
     if found is not None:
       return _load_foreign(found, wanted, allow_missing)
-    params, report = safetensors.load_into(wanted, source, allow_missing=allow_missing)
+    params, report = safetensors.load_into(wanted, source, allow_missing=allow_missing, allow_unexpected=skipped)
     return params, {"kind": "safetensors", "fingerprint": safetensors.fingerprint(source), **report.to_json()}
   raise WeightsError(f"init_from {source} does not exist; give a work directory or a folder of safetensors")
 
