@@ -77,7 +77,7 @@ def test_vbench_videos_of_a_run_start_with_the_suites_pictures(run, tmp_path, ca
 
 
 def test_a_world_model_is_told_stories_and_its_rollouts_fill_vbench_long(tmp_path, capsys):
-  folder = test_generate_rollout.write_run(tmp_path / "world")
+  folder = test_generate_rollout.write_run(tmp_path / "world", data__prompt_tokens=120, data__dynamics_tokens=80)
   found = answer(capsys, "world", "--workdir", str(folder), "--worlds", "1", "--clips", "2", "--steps", "1")
   following = {kind: figures["following"]["mean"] for kind, figures in found["figures"].items()}
   assert following["true"] == 1 and 0 <= following["made"] <= 1

@@ -84,7 +84,8 @@ def world(
     worlds: stories. clips: of each. seed: of the stories; take another one than training's. settings: of the rollout.
 
   Raises:
-    UsageError: less than one story or two clips, or a model whose clips do not last as long as those of memory-v1.
+    UsageError: less than one story or two clips; a model whose clips do not last as long as those of memory-v1, or
+      that cannot read its texts.
   """
   from kling_jax.generate import rollout
 
@@ -98,8 +99,11 @@ def world(
   rows: dict[str, list[dict[str, float]]] = {"made": [], "true": []}
   names: list[str] = []
   shown: list[compare_page.Shown] = []
-  for index in progress.track(range(worlds), "worlds", worlds):
-    story = memory_world.story(seed, index, clips)
+  stories = [memory_world.story(seed, index, clips) for index in range(worlds)]
+  for story in stories:  # what a model cannot read is said before anything is filmed
+    model.check_text(memory_world.scene(story.states[0]), data.prompt_tokens, "the first scene")
+    model.check(clips, story.sentences, None)
+  for index, story in enumerate(progress.track(stories, "worlds", worlds)):
     shape = (clips, data.frames, data.height, data.width, 3)
     true_OTHWC = walk_frames(story, times_s, data.height, data.width).reshape(shape)
     image_HWC = walk_frames(story, np.zeros(1), data.height, data.width)[0]
