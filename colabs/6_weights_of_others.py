@@ -125,6 +125,9 @@ if THIMBLE:
   c.data.sources = ("worlds:shapes-v1?count=64&seed=0",)
   c.data.buckets = ((5, 32, 32),)
   c.data.batch = 8
+else:
+  c.text.weights, c.precision = f"{WAN}/text_encoder", "bfloat16"
+  c.data.sources, c.data.cached_latents = (os.environ["KLING_SET"],), True  # a clip set after `kling encode`
 summary = loop.run(c, "adapted")
 report = json.loads(pathlib.Path("adapted/init_report.json").read_text())
 for part in report:  # what was loaded, and what starts fresh
