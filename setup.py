@@ -47,7 +47,7 @@ EXTRAS = {
   "bench": ["torch>=2.4", "scenedetect-headless>=0.7", "onnxruntime>=1.18"],  # the other side of the benchmarks
 }
 EXTRAS["colab"] = [*EXTRAS["sweep"], "ipykernel>=6.29", "jupytext>=1.16", "nbclient>=0.10"]  # runs the notebooks
-EXTRAS["docs"] = ["zensical>=0.1.2", "mkdocstrings-python>=2.0"]  # the site of `make docs`
+EXTRAS["docs"] = ["zensical>=0.0.73,<0.1", "mkdocstrings-python>=2.0"]  # the site of `make docs`
 EXTRAS["test"] = (
   EXTRAS["caption"]
   + EXTRAS["demo"]
