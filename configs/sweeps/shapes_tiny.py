@@ -32,14 +32,15 @@ from kling_jax import config
 from kling_jax.scaling import arms
 
 STUDY = arms.Study(
-  horizons=(983_040, 1_966_080),  # tokens; 20,480 and 40,960 clips of 48
-  batches={"d40x2": (4, 8), "d48x2": (4, 8, 16), "d64x2": (4, 8)},
-  rates={"d40x2": (2e-3, 4e-3, 8e-3), "d48x2": (2e-3, 4e-3, 8e-3), "d64x2": (1.5e-3, 3e-3, 6e-3)},
-  repeats={"d48x2": (8, 4e-3)},
-  holdouts=(("d96x2", 3_932_160, 4, 3),),
+  horizons=(98_304, 196_608, 393_216),  # tokens; 2,048, 4,096 and 8,192 clips of 48
+  batches={"d16x2": (4, 8), "d32x2": (4, 8), "d48x2": (4, 8, 16)},
+  rates={"d16x2": (3e-3, 6e-3, 1.2e-2), "d32x2": (2e-3, 4e-3, 8e-3), "d48x2": (1.5e-3, 3e-3, 6e-3)},
+  repeats={"d32x2": (8, 4e-3), "d48x2": (8, 3e-3)},
+  holdouts=(("d64x2", 786_432, 4, 4),),
   memory=math.inf,
-  longer=(2_949_120, 3),
-  between=("d56x2",),
+  longer=(393_216, 4),
+  between=("d24x2",),
+  again=1,
   multiple=4,
 )
 
@@ -50,13 +51,13 @@ def get_config() -> ml_collections.ConfigDict:
   c.codec.channels = 4  # 16 numbers a patch: no wider than the narrowest model
   c.text.width, c.text.depth, c.text.tokens = 16, 1, 32
   c.history.probability = c.drop.text = 0.0
-  c.data.sources = ("worlds:shapes-v1?count=18432&seed=0",)
+  c.data.sources = ("worlds:shapes-v1?count=9216&seed=0",)
   c.data.buckets = ((9, 32, 32),)
   c.data.fps = 3.6  # a clip's whole 2.5 s, so that it is always shown from its start and stays in memory
   c.data.memory_gib = 1.0
   c.data.threads = 1
   c.data.validation_fraction = 1 / 9
-  c.optimizer.warmup = 100
+  c.optimizer.warmup = 20
   c.validation.rows = 512
   c.checkpoint.every = 0  # runs of seconds: one that is killed starts again
   c.log.every = 1000
