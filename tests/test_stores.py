@@ -159,6 +159,7 @@ def through_the_verbs(address: str, tmp_path: pathlib.Path, list_names, capsys) 
   """Footage to a clip set to latents to an evaluation, all in the store."""
   base = ["--input", f"{address}/raw", "--output", f"{address}/set", "--workers", "1", "--scorers", "motion", "--keep",
           "duration_s > 0", "--json"]  # fmt: skip
+  capsys.readouterr()  # the server says where it listens
   assert cli.main(["curate", *base]) == 0
   assert json.loads(capsys.readouterr().out)["kept"] >= 2
   names = list_names("set")
