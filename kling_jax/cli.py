@@ -313,7 +313,7 @@ def _add_sample(parser: Parser) -> None:
   parser.add_argument("--quantize", help="none, int8, fp8: how the blocks' products are taken (default: as trained)")
   parser.add_argument("--calibrate_cache", help="file to write: a step cache of this checkpoint and these settings")
   parser.add_argument("--cache", help="file that --calibrate_cache wrote: skips network calls that change little")
-  parser.add_argument("--cache_error", type=float, help="error that skipping may add up to (default: 0.05); 0 skips nothing")
+  parser.add_argument("--cache_error", type=float, help="that skipping may add up to (default: 0.05; 0 skips nothing)")
   parser.add_argument("--lora", action="append", default=[], help="LoRA file or folder, or FILE=SCALE; several add up")
   parser.add_argument(
     "--rewrite", help="OpenAI-compatible server that lengthens prompts, e.g. http://localhost:8000/v1"
