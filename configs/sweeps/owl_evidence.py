@@ -25,6 +25,8 @@ Hardware: one core a run, no accelerator.
   python benchmarks/owl_evidence.py table --workdir runs/owl_evidence      # arms against `base`, paired by seed
 """
 
+from typing import Any
+
 import ml_collections
 
 from kling_jax import config
@@ -33,7 +35,7 @@ BASE = "runs/owl_evidence/base"
 SEEDS = (0, 1, 2)
 FILMER = ("video.dit.*", "video.text.*", "video.null_text")
 STATE = ("video.dit.state.*", "video.dit.blocks.state_attn.*")
-ARMS = {
+ARMS: dict[str, dict[str, Any]] = {
   "base": {},
   "state_off": {"drop.state": 1.0},
   "dynamics_off": {"data.dynamics": "caption", "loss.text": 0.0},
