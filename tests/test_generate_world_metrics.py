@@ -94,7 +94,7 @@ def test_the_table_pairs_seeds_and_gives_student_intervals(monkeypatch) -> None:
 
 @pytest.mark.drill
 def test_runs_of_the_evidence_sweep_are_trained_measured_and_shown(tmp_path, monkeypatch) -> None:
-  """Two arms at :runlocal, through the ledger; measuring again does nothing."""
+  """An arm at :runlocal, through the ledger; measuring again does nothing."""
   runs = sweep.load("owl_evidence").runs()
   assert len(runs) == 33 == len({run.id for run in runs})
   monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
@@ -105,18 +105,21 @@ def test_runs_of_the_evidence_sweep_are_trained_measured_and_shown(tmp_path, mon
     "MODULE = lib.load('owl_evidence').module\n"
     "get_config = lambda: MODULE.get_config('runlocal')\n"
     "def sweep():\n"
-    "  for arm in ('base', 'current'):\n"
-    "    yield {'sweep.arm': arm, **MODULE.ARMS[arm]}\n"
+    "  yield {'sweep.arm': 'current', **MODULE.ARMS['current']}\n"
   )
-  assert worker.work(str(tmp_path / "small.py"), tmp_path) == 2
-  options = world_metrics.Options(readings=16, walks=2, clips=3)
-  assert evidence.measure(tmp_path, options) == 2
+  jax.config.update("jax_disable_most_optimizations", True)  # programs run for moments and compile for minutes
+  try:
+    assert worker.work(str(tmp_path / "small.py"), tmp_path) == 1
+    options = world_metrics.Options(readings=16, walks=2, clips=3)
+    assert evidence.measure(tmp_path, options) == 1
+  finally:
+    jax.config.update("jax_disable_most_optimizations", False)
   assert evidence.measure(tmp_path, options) == 0
   lines = evidence.read(tmp_path)
-  assert {line["arms"][0] for line in lines} == {"base", "current"}
+  assert [line["arms"] for line in lines] == [["current"]]
   for line in lines:
     assert line["text"]["determined_sentences"] > 0 and 0 <= line["film"]["true"]["following"] <= 1
-    assert line["film"]["true"] != line["film"]["shuffled"] and json.loads(json.dumps(line)) == line
+    assert set(line["film"]) == set(world_metrics.STATES) and json.loads(json.dumps(line)) == line
   assert "| events followed (> 0.8) |" in evidence.markdown(evidence.summary(lines))
   model = Model(next((tmp_path / "runs").iterdir()))
   with pytest.raises(UsageError, match="at least 2 and 5"):
