@@ -2,7 +2,6 @@
 
 import importlib
 import itertools
-import json
 import pathlib
 
 import jax
@@ -119,7 +118,7 @@ def test_runs_of_the_evidence_sweep_are_trained_measured_and_shown(tmp_path, mon
   assert [line["arms"] for line in lines] == [["current"]]
   for line in lines:
     assert line["text"]["determined_sentences"] > 0 and 0 <= line["film"]["true"]["following"] <= 1
-    assert set(line["film"]) == set(world_metrics.STATES) and json.loads(json.dumps(line)) == line
+    assert set(line["film"]) == set(world_metrics.STATES)
   assert "| events followed (> 0.8) |" in evidence.markdown(evidence.summary(lines))
   model = Model(next((tmp_path / "runs").iterdir()))
   with pytest.raises(UsageError, match="at least 2 and 5"):
