@@ -303,6 +303,48 @@ def test_a_best_batch_below_the_grid_is_said_and_the_border_taken():
   np.testing.assert_allclose(sorted(tuned.loss), sorted(cell.loss for cell in lr_batch.joint(runs).cells))
 
 
+def valley(noise: float, seed: int = 0) -> dict:
+  """`coarse`, with a loss that falls with smaller batches down to the smallest."""
+  columns, rng = coarse(0.0), np.random.default_rng(seed)
+  own = {name: noise * rng.standard_normal() for name in sorted(set(columns["run"]))}
+  columns["loss"] = []
+  rows = zip(*(columns[name] for name in ("params", "tokens", "lr", "batch_tokens", "run")), strict=True)
+  for n, t, lr, batch, run in rows:
+    x = math.log(lr / optimum(ETA, n, t)) - 0.6 * math.log(batch / 1e5)
+    floor = math.log(1.5 + 400 / n**0.35 + 500 / t**0.3)
+    columns["loss"].append(math.exp(floor + 0.02 * x * x + 0.01 * math.log(batch / 1e5) + own[run]))
+  return columns
+
+
+def test_where_smaller_batches_are_always_better_the_smallest_has_the_law_of_the_rate():
+  runs = table.from_columns(valley(0.0))
+  laws = lr_batch.fit(runs, within=0.5)
+  smallest = runs.batch_tokens.min()
+  assert laws.batch_tokens.law(params=1e8, tokens=1e10) == pytest.approx(smallest)
+  assert laws.tilt == pytest.approx(0.6) and "the smaller the better" in laws.warnings[1]
+  np.testing.assert_allclose(laws.curvature, 0.04 * np.array([[1, -0.6], [-0.6, 0.36]]), rtol=1e-6)
+  for cell in laws.cells:
+    batch = runs.batch_tokens[cell.rows].min()
+    best = optimum(ETA, cell.params, cell.tokens) * (batch / 1e5) ** 0.6
+    assert (cell.batch_tokens, cell.lr) == pytest.approx((batch, best))
+    assert laws.lr_given_batch(batch, cell.params, cell.tokens) == pytest.approx(best)
+    floor = 1.5 + 400 / cell.params**0.35 + 500 / cell.tokens**0.3
+    assert cell.loss == pytest.approx(floor * (batch / 1e5) ** 0.01)
+  columns = valley(0.0)
+  columns["loss"] = [1 / loss for loss in columns["loss"]]
+  with pytest.raises(DataError, match="smaller batches are not always better"):
+    lr_batch.fit(table.from_columns(columns), within=5.0)
+
+
+def test_intervals_of_the_rate_at_the_smallest_batch_hold_the_truth():
+  inside = []
+  for seed in range(120):
+    pairs = lr_batch.fit(table.from_columns(valley(0.003, seed)), within=0.06).lr.intervals(0.9)
+    inside.append([pairs[name][0] <= truth <= pairs[name][1] for name, truth in (("params", -0.7), ("tokens", 0.3))])
+  covered = np.mean(inside)
+  assert 0.8 <= covered <= 0.97, covered
+
+
 def test_runs_without_a_common_minimum_are_an_error_and_the_lowest_losses_stand():
   columns = coarse(0.0)
   columns["loss"] = [3 - 0.01 * math.log(lr) for lr in columns["lr"]]

@@ -6,6 +6,7 @@ Where grids are too coarse or too noisy for a quadratic each, all (N, T) share o
 import dataclasses
 
 import numpy as np
+from scipy import optimize
 
 from kling_jax.errors import DataError
 from kling_jax.scaling import loglinear
@@ -15,6 +16,8 @@ WITHIN = 0.01  # runs whose loss lies within this share of their cell's lowest o
 ENOUGH = 12  # runs of a quadratic, two for each of its six coefficients; cells with fewer tell little
 LEAST = 7  # runs of a quadratic at all
 JOINT_WITHIN = 0.06  # as WITHIN, for the curvature that all cells share: more runs, less local
+FAR = np.log(64)  # further than this from all batches a minimum is that of noise on a slope
+TILTS = np.linspace(-1, 2, 13)  # where the search for the slope of a valley, d log lr / d log B, begins
 REACH = np.log(2)  # how far, in logs, a minimum may lie outside the rates and batches that were run
 
 
@@ -204,6 +207,10 @@ def joint(table: RunTable, within: float = JOINT_WITHIN) -> Laws:
   z* = -H^-1 G a is a power law of N and T. Errors are clustered by run, because one run is read at many T. A cell's
   own lr, batch and loss are those of the minimum, at the border of the batches that were run where it lies beyond.
 
+  Where H is not positive definite, or the minimum lies `FAR` from all batches, because smaller batches are better down
+  to the smallest, the form is without the square of log B: the law of the batch is the smallest that was run, and the
+  law of the rate holds for it.
+
   Raises:
     DataError: no lr or batch_tokens; the runs do not span the form; it has no minimum.
   """
@@ -211,15 +218,88 @@ def joint(table: RunTable, within: float = JOINT_WITHIN) -> Laws:
     raise DataError("laws of learning rate and batch need the columns lr and batch_tokens")
   every = groups(table)
   near = [rows[table.loss[rows] <= table.loss[rows].min() * (1 + within)] for rows in every]
-  bowl = _Bowl.fit(table, near)
+  bowl: _Bowl | _Valley
+  try:
+    bowl = _Bowl.fit(table, near)
+  except _NoMinimum:
+    bowl = _Valley.fit(table, near)
   found = tuple(bowl.cell(table, k, group, len(near[k])) for k, group in enumerate(every))
   lr, batch = bowl.law(0, len(every)), bowl.law(1, len(every))
   runs = sum(len(rows) for rows in near)
   warnings = [f"too few (N, T) have a quadratic of their own; all share one curvature, from {runs} readings of runs"]
   below = [float(batch.law(params=c.params, tokens=c.tokens)) < table.batch_tokens[c.rows].min() for c in found]
-  if any(below):
+  if isinstance(bowl, _Valley):
+    smallest = float(batch.law(params=1.0, tokens=1.0))
+    warnings.append(f"no batch is best: the smaller the better, down to the smallest that was run ({smallest:.4g} "
+                    "tokens); the law of the batch is that one, and the law of the rate holds for it")  # fmt: skip
+  elif any(below):
     warnings.append(f"the best batch of {sum(below)} of {len(found)} (N, T) lies below all that were run")
   return Laws(lr, batch, bowl.H, float(-bowl.H[0, 1] / bowl.H[0, 0]), found, (), tuple(warnings))
+
+
+class _NoMinimum(DataError):
+  """The quadratic of rate and batch is no bowl."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Near:
+  """The runs that enter a common fit: logs of rate and batch, and of N and T, both centred; a run's level by its cell.
+
+  Attributes:
+    z0, a0: the centres. x, y: of rate and batch. a: (runs, 3) one, N, T. levels: (runs, cells). loss: its log.
+    names: of the training runs.
+  """
+
+  z0: np.ndarray
+  a0: np.ndarray
+  x: np.ndarray
+  y: np.ndarray
+  a: np.ndarray
+  levels: np.ndarray
+  loss: np.ndarray
+  names: np.ndarray
+
+  @classmethod
+  def of(cls, table: RunTable, near: list[np.ndarray]) -> "_Near":
+    assert table.lr is not None and table.batch_tokens is not None
+    rows, cell = np.concatenate(near), np.repeat(np.arange(len(near)), [len(part) for part in near])
+    z = np.log(np.stack([table.lr[rows], table.batch_tokens[rows]], axis=1))
+    a = np.log(np.stack([table.params[rows], table.tokens[rows]], axis=1))
+    z0, a0 = z.mean(axis=0), a.mean(axis=0)
+    ones = np.ones((len(rows), 1))
+    x, y = (z - z0).T
+    return cls(z0, a0, x, y, np.concatenate([ones, a - a0], axis=1), np.eye(len(near))[cell], np.log(table.loss[rows]),
+               table.run[rows])  # fmt: skip
+
+  def solve(self, terms: np.ndarray) -> "_Solved":
+    """Least squares of `terms` (runs, k) and a level for each cell; errors clustered by run.
+
+    Raises:
+      DataError: the runs do not span them.
+    """
+    X = np.concatenate([terms, self.levels], axis=1)
+    if np.linalg.matrix_rank(X) < X.shape[1] or len(X) <= X.shape[1]:
+      raise DataError(f"{len(X)} runs near the best of their (N, T) do not span a common quadratic in lr and batch")
+    c, _, _, _ = np.linalg.lstsq(X, self.loss, rcond=None)
+    error, count = self.loss - X @ c, terms.shape[1]
+    runs, of = np.unique(self.names, return_inverse=True)
+    scores = np.zeros((len(runs), X.shape[1]))
+    np.add.at(scores, of, X * error[:, None])
+    bread = np.linalg.inv(X.T @ X)
+    covariance = bread @ (scores.T @ scores) @ bread * len(runs) / max(len(runs) - count, 1)
+    noise = float(np.sqrt((error**2).sum() / (len(X) - X.shape[1])))
+    return _Solved(c[:count], c[count:], covariance[:count, :count], noise, len(runs))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Solved:
+  """Coefficients, levels of cells, covariance of the coefficients, deviation of a run's log loss, number of runs."""
+
+  c: np.ndarray
+  levels: np.ndarray
+  covariance: np.ndarray
+  noise: float
+  runs: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,29 +323,18 @@ class _Bowl:
   @classmethod
   def fit(cls, table: RunTable, near: list[np.ndarray]) -> "_Bowl":
     """To the rows of each cell."""
-    assert table.lr is not None and table.batch_tokens is not None
-    rows, cell = np.concatenate(near), np.repeat(np.arange(len(near)), [len(part) for part in near])
-    z = np.log(np.stack([table.lr[rows], table.batch_tokens[rows]], axis=1))
-    a = np.log(np.stack([table.params[rows], table.tokens[rows]], axis=1))
-    z0, a0 = z.mean(axis=0), a.mean(axis=0)
-    x, a = z - z0, np.concatenate([np.ones((len(rows), 1)), a - a0], axis=1)
-    squares = np.stack([x[:, 0] ** 2 / 2, x[:, 1] ** 2 / 2, x[:, 0] * x[:, 1]], axis=1)
-    X = np.concatenate([squares, x[:, :1] * a, x[:, 1:] * a, np.eye(len(near))[cell]], axis=1)
-    y = np.log(table.loss[rows])
-    if np.linalg.matrix_rank(X) < X.shape[1] or len(y) <= X.shape[1]:
-      raise DataError(f"{len(y)} runs near the best of their (N, T) do not span a common quadratic in lr and batch")
-    c, _, _, _ = np.linalg.lstsq(X, y, rcond=None)
+    at = _Near.of(table, near)
+    squares = np.stack([at.x**2 / 2, at.y**2 / 2, at.x * at.y], axis=1)
+    found = at.solve(np.concatenate([squares, at.x[:, None] * at.a, at.y[:, None] * at.a], axis=1))
+    c = found.c
     H = np.array([[c[0], c[2]], [c[2], c[1]]])
     if np.linalg.eigvalsh(H)[0] <= 0:
-      raise DataError("the quadratic that all (N, T) share has no minimum (Hessian not positive definite)")
-    error = y - X @ c
-    runs, of = np.unique(table.run[rows], return_inverse=True)
-    scores = np.zeros((len(runs), X.shape[1]))
-    np.add.at(scores, of, X * error[:, None])
-    bread = np.linalg.inv(X.T @ X)
-    covariance = bread @ (scores.T @ scores) @ bread * len(runs) / max(len(runs) - 9, 1)
-    noise = float(np.sqrt((error**2).sum() / (len(y) - X.shape[1])))
-    return cls(z0, a0, H, c[3:9].reshape(2, 3), c[9:], noise, covariance[:9, :9], len(runs))
+      raise _NoMinimum("the quadratic that all (N, T) share has no minimum (Hessian not positive definite)")
+    bowl = cls(at.z0, at.a0, H, c[3:].reshape(2, 3), found.levels, found.noise, found.covariance, found.runs)
+    best = at.a @ bowl.line[1]
+    if best.min() < at.y.min() - FAR or best.max() > at.y.max() + FAR:
+      raise _NoMinimum("the quadratic that all (N, T) share has its minimum far from all batches that were run")
+    return bowl
 
   @property
   def line(self) -> np.ndarray:
@@ -293,6 +362,89 @@ class _Bowl:
     loss = float(np.exp(self.levels[k] + z @ self.H @ z / 2 + z @ self.G @ a))
     lr, batch_tokens = map(float, np.exp(z + self.z0))
     return Cell(params, tokens, rows, lr, batch_tokens, loss, self.H, noise=self.noise, near=near)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Valley:
+  """log L = c(N, T) + h u^2 / 2 + u g' a + m y with u = x - tilt y: a bottom along the rate x, none along the batch y.
+
+  Attributes:
+    z0, a0: the centres, as in `_Bowl`. h, m, tilt, g, levels: the coefficients. smallest: of the batches, y.
+    covariance: (6, 6) of h, m, g and the tilt. noise, runs: as in `_Bowl`.
+  """
+
+  z0: np.ndarray
+  a0: np.ndarray
+  h: float
+  m: float
+  tilt: float
+  g: np.ndarray
+  levels: np.ndarray
+  smallest: float
+  covariance: np.ndarray
+  noise: float
+  runs: int
+
+  @classmethod
+  def fit(cls, table: RunTable, near: list[np.ndarray]) -> "_Valley":
+    """To the rows of each cell: linear but for the tilt.
+
+    Raises:
+      DataError: no minimum along the rate, or smaller batches are not better.
+    """
+    assert table.batch_tokens is not None
+    at = _Near.of(table, near)
+
+    def terms(tilt: float) -> np.ndarray:
+      u = at.x - tilt * at.y
+      return np.concatenate([np.stack([u**2 / 2, at.y], axis=1), u[:, None] * at.a], axis=1)
+
+    def misfit(tilt: float) -> float:
+      X = np.concatenate([terms(tilt), at.levels], axis=1)
+      return float(((at.loss - X @ np.linalg.lstsq(X, at.loss, rcond=None)[0]) ** 2).sum())
+
+    start = min(TILTS, key=misfit)
+    step = TILTS[1] - TILTS[0]
+    tilt = optimize.minimize_scalar(misfit, bounds=(start - step, start + step), options={"xatol": 1e-9}).x
+    h, m, *g = at.solve(terms(tilt)).c
+    if h <= 0 or m <= 0:
+      raise DataError("the quadratic that all (N, T) share has no minimum (its Hessian is not positive definite), and "
+                      "smaller batches are not always better")  # fmt: skip
+    by_tilt = -at.y * (h * (at.x - tilt * at.y) + at.a @ np.array(g))
+    found = at.solve(np.concatenate([terms(tilt), by_tilt[:, None]], axis=1))  # errors: linear about the solution
+    smallest = float(np.log(table.batch_tokens.min()) - at.z0[1])
+    return cls(at.z0, at.a0, float(h), float(m), float(tilt), np.array(g), found.levels, smallest, found.covariance,
+               found.noise, found.runs)  # fmt: skip
+
+  @property
+  def H(self) -> np.ndarray:
+    """Curvature across the valley; along it there is none."""
+    return self.h * np.array([[1, -self.tilt], [-self.tilt, self.tilt**2]])
+
+  def law(self, k: int, points: int) -> loglinear.PowerFit:
+    """The law of the rate (0) at the smallest batch, in raw counts, or that batch (1), which is none of N and T."""
+    names, dof, first = ("params", "tokens"), float(max(self.runs - 6, 1)), np.array([1.0, 0, 0])
+    if k:
+      same = first * (self.smallest + self.z0[1])
+      return loglinear.PowerFit(names, same, np.zeros((3, 3)), dof, 0.0, points)
+    line = -self.g / self.h
+    slope = np.concatenate([-line[:, None], 0 * line[:, None], -np.eye(3), self.h * self.smallest * first[:, None]], 1)
+    back = np.array([[1.0, -self.a0[0], -self.a0[1]], [0, 1, 0], [0, 0, 1]])
+    spread = back @ slope @ self.covariance @ slope.T @ back.T / self.h**2
+    estimate = back @ line + first * (self.z0[0] + self.tilt * self.smallest)
+    return loglinear.PowerFit(names, estimate, spread, dof, self.noise, points)
+
+  def cell(self, table: RunTable, k: int, rows: np.ndarray, near: int) -> Cell:
+    """The k-th (N, T) at the best rate of its own smallest batch."""
+    assert table.batch_tokens is not None
+    params, tokens = float(table.params[rows[0]]), float(table.tokens[rows[0]])
+    a = np.array([1.0, *(np.log([params, tokens]) - self.a0)])
+    batch = float(table.batch_tokens[rows].min())
+    y = float(np.log(batch) - self.z0[1])
+    u = float(-self.g @ a / self.h)
+    loss = float(np.exp(self.levels[k] + u * (self.g @ a) / 2 + self.m * y))
+    return Cell(params, tokens, rows, float(np.exp(u + self.tilt * y + self.z0[0])), batch, loss, self.H,
+                noise=self.noise, near=near)  # fmt: skip
 
 
 def tuned(table: RunTable) -> RunTable:
