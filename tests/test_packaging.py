@@ -53,7 +53,8 @@ def test_the_wheel_carries_code_configs_launchers_and_weights_and_nothing_else(w
   expected, top = set(), wheel.parents[1]
   for source in SOURCES:
     for path in (top / source).rglob("*"):
-      wanted = path.suffix in (".py", ".sh", ".typed") or path.parent.parent.name == "assets"
+      wanted = path.suffix in (".py", ".sh", ".typed") or path.name == "Dockerfile"
+      wanted |= path.parent.parent.name == "assets"
       if path.is_file() and wanted:
         inside = path.relative_to(top).as_posix()
         expected.add(inside if source == "kling_jax" else f"kling_jax/{inside}")

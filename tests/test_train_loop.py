@@ -69,15 +69,15 @@ def test_rows_carry_what_the_house_promises(uninterrupted: pathlib.Path) -> None
 def test_sigterm_saves_and_the_resumed_curve_is_bitwise_the_same(
   uninterrupted: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-  original = loop._profile
+  original = Update.step
 
-  def terminate(span, step, folder):
-    if step == 4 and not (tmp_path / "sent").exists():
+  def terminated(self, state, batch):
+    if not (tmp_path / "sent").exists() and int(state["step"]) == 4:
       (tmp_path / "sent").touch()
       os.kill(os.getpid(), signal.SIGTERM)
-    original(span, step, folder)
+    return original(self, state, batch)
 
-  monkeypatch.setattr(loop, "_profile", terminate)
+  monkeypatch.setattr(Update, "step", terminated)
   first = loop.run(config(), tmp_path / "run")
   assert not first.finished and first.step == 5 and Checkpoints(tmp_path / "run").latest() == 5
   second = loop.run(config(data__threads=1), tmp_path / "run")

@@ -408,7 +408,8 @@ def _without(
 
 def _stack(parts: list[Conditions]) -> Conditions:
   """One row a video and part, those of a video together: cut over devices, a video's rows then stay on one."""
-  return jax.tree.map(lambda *leaves: jnp.stack(leaves, 1).reshape(-1, *leaves[0].shape[1:]), *parts)
+  together = lambda *leaves: jnp.stack(leaves, 1).reshape(len(leaves) * len(leaves[0]), *leaves[0].shape[1:])
+  return jax.tree.map(together, *parts)
 
 
 TASK = VideoDiTTask
