@@ -16,7 +16,7 @@ the state queries and the connector start at random in each run, and everything 
 
 Expected: not run yet, and whether 8 minutes are enough is not known. Steps of the language model alone (8 walks of 6
 clips) took 0.26 s of one shared core, with 4 tokens a frame and 4 queries 0.12 s; after 500 of the latter 54 % of the
-determined sentences of unseen walks were right, those without a name nearly all, names seldom.
+determined sentences of unseen walks were right (one seed). As many need no name, so names may be what is missing.
 Hardware: one core a run, no accelerator.
 
   kling train --config configs/sweeps/owl_evidence.py:base --workdir runs/owl_evidence/base     # once, 15 minutes
