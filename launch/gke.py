@@ -34,7 +34,7 @@ from kling_jax.launch.program import Program, Refused, Unreached
 COORDINATOR_PORT = 12321
 SLACK_S = 900  # after its longest life the job is not waited for any more
 TTL_S = 3600  # a JobSet that is over is deleted by the cluster then, if nobody else did
-WORK = "/work"  # where the bucket or the claim is mounted
+WORK = "/kling"  # where the bucket or the claim is mounted
 
 
 class Gke:
@@ -356,9 +356,7 @@ def _manage(verb: str, words: Sequence[str]) -> int:
   """`list` and `delete`: JobSets that launchers made, by their label."""
   made = job_lib.Parser(f"launch.gke {verb}")
   if verb == "delete":
-    chosen = made.add_mutually_exclusive_group(required=True)
-    chosen.add_argument("--name", action="append", default=[])
-    chosen.add_argument("--all", action="store_true", help="everything that `list` shows")
+    job_lib.add_chosen(made)
   args = made.parse_args(words)
   kubectl = Program("kubectl", kubernetes.TRANSIENT, advice="try again")
   selector = ",".join(f"{key}={value}" for key, value in kubernetes.MANAGED.items())

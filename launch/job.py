@@ -74,6 +74,13 @@ def add_code(parser: argparse.ArgumentParser, wheel: bool = False) -> None:
   parser.add_argument("--exclude", action="append", default=[], metavar="PATTERN", help="leave files out of the copy")
 
 
+def add_chosen(parser: argparse.ArgumentParser) -> None:
+  """The flags of `delete`: which of those that `list` shows."""
+  chosen = parser.add_mutually_exclusive_group(required=True)
+  chosen.add_argument("--name", action="append", default=[])
+  chosen.add_argument("--all", action="store_true", help="everything that `list` shows")
+
+
 def split(argv: Sequence[str] | None) -> tuple[list[str], list[str]]:
   """Own words, and those behind --."""
   words = list(sys.argv[1:] if argv is None else argv)

@@ -224,9 +224,7 @@ def _manage(verb: str, words: Sequence[str]) -> int:
   """`list` and `delete`: jobs of this user that launchers submitted, by their comment."""
   made = job_lib.Parser(f"launch.slurm {verb}")
   if verb == "delete":
-    chosen = made.add_mutually_exclusive_group(required=True)
-    chosen.add_argument("--name", action="append", default=[])
-    chosen.add_argument("--all", action="store_true", help="everything that `list` shows")
+    job_lib.add_chosen(made)
   args = made.parse_args(words)
   lines = Program("squeue", sbatch.TRANSIENT).run("--noheader", "--me", "--format", "%j|%T|%l|%k").splitlines()
   owned = [line.strip().split("|") for line in lines if line.strip().endswith("|kling")]

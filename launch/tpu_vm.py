@@ -277,9 +277,7 @@ def _manage(verb: str, words: Sequence[str]) -> int:
   made = job_lib.Parser(f"launch.tpu_vm {verb}")
   _place(made)
   if verb == "delete":
-    chosen = made.add_mutually_exclusive_group(required=True)
-    chosen.add_argument("--name", action="append", default=[])
-    chosen.add_argument("--all", action="store_true", help="everything that `list` shows")
+    job_lib.add_chosen(made)
   args = made.parse_args(words)
   gcloud = Program("gcloud", TRANSIENT, timeout_s=1800, advice="try again")
   at = [f"--zone={args.zone}", f"--project={args.project}"]

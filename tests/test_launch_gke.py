@@ -128,7 +128,7 @@ def test_a_slice_a_job_and_a_pod_a_host(cloud: fake_cloud.Cloud) -> None:
   (container,) = pod["containers"]
   assert container["workingDir"] == "/src" and container["image"].startswith("reg/kling:")
   assert container["command"][:4] == ["python", "-m", "kling_jax.launch.attempt", "--until"]
-  assert container["command"][5:] == ["train", "--config", "run.py", "--workdir", "/work/runs/a"]
+  assert container["command"][5:] == ["train", "--config", "run.py", "--workdir", "/kling/runs/a"]
   assert job["activeDeadlineSeconds"] == 24 * 3600 + gke.SLACK_S and made["spec"]["ttlSecondsAfterFinished"]
 
 
